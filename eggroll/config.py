@@ -122,9 +122,7 @@ class EggrollConfig:
 
     def _check_population(self) -> None:
         if self.antithetic and self.population_size % 2:
-            raise ValueError(
-                f"`population_size` must be even with antithetic pairs, got {self.population_size}"
-            )
+            raise ValueError(f"`population_size` must be even with antithetic pairs, got {self.population_size}")
         if self.group_size and self.population_size % self.group_size:
             raise ValueError(
                 f"`group_size` must divide the population of {self.population_size}, got {self.group_size}"

@@ -71,7 +71,9 @@ def parameter_keys(base_key: Array, names: Iterable[str]) -> dict[str, Array]:
     ordered = canonical_order(names)
     if len(set(ordered)) != len(ordered):
         raise ValueError(f"`names` must be unique, got {ordered}")
-    keys = prng.split(base_key, len(ordered)) if ordered else ()
+    if not ordered:
+        return {}
+    keys = prng.split(base_key, len(ordered))
     return {name: keys[index, ...] for index, name in enumerate(ordered)}
 
 
@@ -128,9 +130,7 @@ def draw_keys(parameter_key: Array, generation: Any, draws: Array, config: Eggro
     return prng.fold_in(generation_key, xp.reshape(draws, (-1,) + (1,) * stack))
 
 
-def low_rank_noise(
-    keys: Array, shape: Sequence[int], rank: int, precision: prng.Precision = "float32"
-) -> LowRank:
+def low_rank_noise(keys: Array, shape: Sequence[int], rank: int, precision: prng.Precision = "float32") -> LowRank:
     """The factors of some draws of a matrix parameter, from one draw of shape ``(in + out, rank)`` for each key.
 
     The first ``in_features`` rows of a draw are ``B``, the rest ``A``.

@@ -198,9 +198,7 @@ def _block(k0: Array, k1: Array, x1: Array) -> tuple[Array, Array]:
 def _words(xp: Any, key: Array) -> tuple[Array, Array]:
     """The two words of each key as int32, each with a trailing axis of length 1."""
     if key.dtype != xp.uint32 or key.ndim < 1 or key.shape[-1] != 2:
-        raise ValueError(
-            f"`key` must be uint32 of shape (..., 2), got {key.dtype} of shape {tuple(key.shape)}"
-        )
+        raise ValueError(f"`key` must be uint32 of shape (..., 2), got {key.dtype} of shape {tuple(key.shape)}")
     words = xp.astype(key, xp.int32)
     return words[..., :1], words[..., 1:]
 
@@ -220,9 +218,7 @@ def _signed_bits(xp: Any, key: Array, shape: tuple[int, ...]) -> Array:
 def _mantissas(xp: Any, key: Array, shape: tuple[int, ...], precision: Precision) -> Array:
     """The mantissa bits of each element, int32 in [0, 2**m)."""
     if precision not in MANTISSA_BITS:
-        raise ValueError(
-            f"`precision` must be one of {', '.join(map(repr, MANTISSA_BITS))}, got {precision!r}"
-        )
+        raise ValueError(f"`precision` must be one of {', '.join(map(repr, MANTISSA_BITS))}, got {precision!r}")
     # A float is filled from as many bits as it is wide: the top 23 of 32, the top 7 of 8, the top 10 of 16.
     shift = {"float32": 9, "bfloat16": 1, "float16": 6}[precision]
     return (_signed_bits(xp, key, shape) >> shift) & ((1 << MANTISSA_BITS[precision]) - 1)

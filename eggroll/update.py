@@ -32,9 +32,7 @@ __all__ = ["dense_sum", "direction", "direction_scale", "low_rank_sum", "weights
 Array = Any
 
 
-def direction_scale(
-    config: EggrollConfig, *, low_rank: bool, sigma: Any = None, rank: int | None = None
-) -> Any:
+def direction_scale(config: EggrollConfig, *, low_rank: bool, sigma: Any = None, rank: int | None = None) -> Any:
     """What ``sum_d c_d * noise_d`` is multiplied with to give the direction.
 
     ``noise_d`` is the unscaled noise of a draw (``A @ B.T`` or ``Z``) and ``c_d`` its signed weight, see
@@ -143,9 +141,7 @@ def direction(
         coefficients = xp.astype(weights_of_draws(weights[start:stop], signs, config), xp.float32)
         chunk_keys = draw_keys(keys, generation, draws[:: 2 if config.antithetic else 1], config)
         if low_rank:
-            total = total + low_rank_sum(
-                coefficients, low_rank_noise(chunk_keys, layer, config.rank, precision)
-            )
+            total = total + low_rank_sum(coefficients, low_rank_noise(chunk_keys, layer, config.rank, precision))
         else:
             total = total + dense_sum(coefficients, dense_noise(chunk_keys, layer, precision))
     return total * direction_scale(config, low_rank=low_rank)
