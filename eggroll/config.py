@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 __all__ = ["EggrollConfig"]
@@ -31,12 +32,12 @@ def as_int(name: str, value: Any, minimum: int) -> int:
 
 def as_positive_float(name: str, value: Any) -> float:
     """`value` as a positive finite float, or an error that names the argument, the rule and the value."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a positive finite number, got {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a positive finite number, got {value!r}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a positive finite number, got {value!r}")
+    except OverflowError:
+        number = math.inf
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"`{name}` must be a positive finite number, got {value!r}")
     return number
@@ -61,7 +62,7 @@ class EggrollConfig:
     """What defines an EGGROLL run besides its model, its fitness, its seed and its optimizer.
 
     Attributes:
-        population_size: members evaluated in one generation, at least 2; even if `antithetic`.
+        population_size: members evaluated in one generation, at least 2 and below 2**31; even if `antithetic`.
         sigma: scale of the perturbation, positive. For a matrix the perturbation is
             ``sign * sigma / sqrt(rank) * A @ B.T``, for any other parameter ``sign * sigma * Z``
             (arXiv 2511.16652, section 4).
@@ -121,6 +122,8 @@ class EggrollConfig:
         self._check_population()
 
     def _check_population(self) -> None:
+        if self.population_size >= 2**31:
+            raise ValueError(f"`population_size` must be below 2**31, got {self.population_size}")
         if self.antithetic and self.population_size % 2:
             raise ValueError(f"`population_size` must be even with antithetic pairs, got {self.population_size}")
         if self.group_size and self.population_size % self.group_size:

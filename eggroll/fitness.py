@@ -4,6 +4,7 @@ Every shaping takes the scores of all members and returns as many weights, in th
 are all equal give zero weights, never NaN.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,19 @@ def shape_fitness(fitness: Array, config: EggrollConfig) -> Array:
         The dtype of `fitness`, shape ``(population_size,)``.
 
     Raises:
+        TypeError: the fitness is not floating point.
         ValueError: the fitness, or what a callable made of it, does not have one value for each member.
+
+    Example:
+        >>> import numpy as np
+        >>> config = EggrollConfig(population_size=4, fitness_shaping="centered_rank")
+        >>> shape_fitness(np.asarray([1.0, 3.0, 2.0, 2.0]), config)
+        array([-0.5,  0.5,  0. ,  0. ])
     """
+    xp = array_api_compat.array_namespace(fitness)
     members = config.population_size
+    if not xp.isdtype(fitness.dtype, "real floating"):
+        raise TypeError(f"`fitness` must be floating point, got {fitness.dtype}")
     if fitness.ndim != 1 or fitness.shape[0] != members:
         raise ValueError(
             f"`fitness` must have the shape ({members},), one value for each member, got {tuple(fitness.shape)}"
@@ -52,11 +63,14 @@ def zscore(fitness: Array, group_size: int) -> Array:
         group_size: consecutive members that share a mean.
     """
     xp = array_api_compat.array_namespace(fitness)
-    # Relative to the first score, so that equal scores are exactly zero whatever the mean rounds to.
-    shifted = fitness - fitness[0]
-    groups = xp.reshape(shifted, (-1, group_size))
-    centered = xp.reshape(groups - xp.mean(groups, axis=1, keepdims=True), (-1,))
-    return centered / xp.sqrt(xp.var(shifted) + 1e-5)
+    differences, scale = _differences(xp, xp.reshape(fitness, (1, -1)), least=1.0)
+    groups = xp.reshape(differences, (-1, group_size))
+    # Relative to the group's own first score once more: so a group of equal scores is exactly zero too.
+    groups = groups - groups[:, :1]
+    centered = groups - xp.mean(groups, axis=1, keepdims=True)
+    # Divided before it is squared: the square of a large scale overflows.
+    epsilon = (0.125 * math.sqrt(1e-5) / scale) ** 2
+    return xp.reshape(centered / xp.sqrt(xp.var(differences) + epsilon), (-1,))
 
 
 def group_zscore(fitness: Array, group_size: int) -> Array:
@@ -66,9 +80,9 @@ def group_zscore(fitness: Array, group_size: int) -> Array:
     """
     xp = array_api_compat.array_namespace(fitness)
     groups = xp.reshape(fitness, (-1, group_size))
-    shifted = groups - groups[:, :1]
-    centered = shifted - xp.mean(shifted, axis=1, keepdims=True)
-    std = xp.std(shifted, axis=1, keepdims=True)
+    differences, _ = _differences(xp, groups, least=0.0)
+    centered = differences - xp.mean(differences, axis=1, keepdims=True)
+    std = xp.std(differences, axis=1, keepdims=True)
     return xp.reshape(centered / xp.where(std == 0, xp.ones_like(std), std), (-1,))
 
 
@@ -88,8 +102,10 @@ def sign(fitness: Array) -> Array:
     """``sign(f+ - f-)`` to the first of each antithetic pair, its negative to the second (arXiv 2511.16652)."""
     xp = array_api_compat.array_namespace(fitness)
     pairs = xp.reshape(fitness, (-1, 2))
-    first = xp.sign(pairs[:, 0] - pairs[:, 1])
-    return xp.reshape(xp.stack([first, -first], axis=1), (-1,))
+    other = xp.flip(pairs, axis=1)
+    # Compared, not subtracted: a difference overflows.
+    weights = xp.astype(pairs > other, fitness.dtype) - xp.astype(pairs < other, fitness.dtype)
+    return xp.reshape(weights, (-1,))
 
 
 def baseline(scores: Array) -> Array:
@@ -104,9 +120,25 @@ def baseline(scores: Array) -> Array:
         One weight for each place in a group, shape ``(group_size,)``.
     """
     xp = array_api_compat.array_namespace(scores)
-    advantage = (scores - scores[:, :1]) / (xp.std(scores, axis=1, keepdims=True) + 1e-8)
+    differences, scale = _differences(xp, scores, least=1.0)
+    advantage = differences / (xp.std(differences, axis=1, keepdims=True) + 0.125e-8 / scale)
     perturbed = xp.arange(scores.shape[1], device=array_api_compat.device(scores)) >= 2
     return xp.mean(xp.where(perturbed, advantage, xp.zeros_like(advantage)), axis=0)
+
+
+def _differences(xp: Any, scores: Array, least: float) -> tuple[Array, Array]:
+    """The differences of each row of scores to its first, over ``8 * scale``, and `scale`, shape ``(rows, 1)``.
+
+    A mean of equal numbers rounds, a difference of equal numbers is exactly zero. The scale is the largest of the
+    differences' eighths where that exceeds `least`, else 1: so the differences lie in [-1, 1] where they could
+    overflow. Eighths, because then neither they nor the reciprocal of their scale, with which a compiler may
+    replace the division, leave the range of normal numbers.
+    """
+    eighths = scores / 8
+    differences = eighths - eighths[:, :1]
+    largest = xp.max(xp.abs(differences), axis=1, keepdims=True)
+    scale = xp.where(largest > least, largest, xp.ones_like(largest))
+    return differences / scale, scale
 
 
 def _tiled_baseline(fitness: Array, config: EggrollConfig) -> Array:

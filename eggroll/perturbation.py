@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
+import numpy as np
 
 from . import prng
-from .config import EggrollConfig
+from .config import EggrollConfig, as_int
 
 __all__ = [
     "LowRank",
@@ -117,13 +118,16 @@ def draw_keys(parameter_key: Array, generation: Any, draws: Array, config: Eggro
 
     Args:
         parameter_key: uint32, shape ``(*stack, 2)``.
-        generation: an int, or an integer array of shape ``()``.
+        generation: a non-negative int, or an integer array of shape ``()``; at most 2**32 different draws in
+            time, so below ``2**32 * noise_lifetime``.
         draws: int32, shape ``(n,)``.
 
     Returns:
         uint32, shape ``(n, *stack, 2)``.
     """
     xp = array_api_compat.array_namespace(parameter_key)
+    if not hasattr(generation, "dtype") or isinstance(generation, np.generic):
+        generation = as_int("generation", generation, 0)
     epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
     generation_key = prng.fold_in(parameter_key, epoch)
     stack = parameter_key.ndim - 1
@@ -181,6 +185,7 @@ def member_parameter(
     Args:
         parameter: floating point, shape ``(*stack, ...)``.
         parameter_key: uint32, shape ``(2,)``, the parameter's own key.
+        member: in [0, population_size).
         low_rank: whether the noise is low rank; by default for matrices (two axes after the stacked ones).
         stack_axes: how many leading axes stack layers.
 
@@ -188,6 +193,8 @@ def member_parameter(
         Shape and dtype of `parameter`.
     """
     xp = array_api_compat.array_namespace(parameter)
+    if as_int("member", member, 0) >= config.population_size:
+        raise ValueError(f"`member` must be below the population of {config.population_size}, got {member}")
     shape = parameter.shape[stack_axes:]
     if low_rank is None:
         low_rank = len(shape) == 2

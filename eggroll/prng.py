@@ -101,10 +101,13 @@ def fold_in(key: Array, data: Any) -> Array:
         uint32, shape ``(..., 2)``, with the broadcast leading axes.
     """
     xp = array_api_compat.array_namespace(key)
-    if isinstance(data, int):
-        if not 0 <= data < 2**32:
-            raise ValueError(f"`data` must be in [0, 2**32), got {data}")
-        data = xp.asarray(_signed(data), dtype=xp.int32, device=array_api_compat.device(key))
+    if not hasattr(data, "dtype") or isinstance(data, np.generic):
+        word = as_int("data", data, 0)
+        if word >= 2**32:
+            raise ValueError(f"`data` must be below 2**32, got {word}")
+        data = xp.asarray(_signed(word), dtype=xp.int32, device=array_api_compat.device(key))
+    elif not xp.isdtype(data.dtype, "integral"):
+        raise TypeError(f"`data` must hold integers, got {data.dtype}")
     k0, k1 = _words(xp, key)
     x0, x1 = _block(k0, k1, xp.astype(data, xp.int32)[..., None])
     return _unsigned(xp, xp.concat(xp.broadcast_arrays(x0, x1), axis=-1))
@@ -175,7 +178,7 @@ def normal(key: Array, shape: tuple[int, ...], precision: Precision = "float32")
     k = _mantissas(xp, key, shape, precision)
     if precision == "float32":
         return _erfinv(xp, _uniform_of(xp, k, 23)) * SQRT2
-    table = xp.asarray(_narrow_normals(precision), device=array_api_compat.device(key))
+    table = xp.asarray(narrow_normals(precision), device=array_api_compat.device(key))
     return xp.reshape(xp.take(table, xp.reshape(k, (-1,))), k.shape)
 
 
@@ -204,8 +207,8 @@ def _words(xp: Any, key: Array) -> tuple[Array, Array]:
 
 
 def _counter(xp: Any, n: int, device: Any) -> Array:
-    if n >= 2**31:
-        raise ValueError(f"one draw must have fewer than 2**31 elements, got {n}")
+    if not 0 <= n < 2**31:
+        raise ValueError(f"one draw must have between 0 and 2**31 - 1 elements, got {n}")
     return xp.arange(n, dtype=xp.int32, device=device)
 
 
@@ -244,7 +247,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 
 @functools.cache
-def _narrow_normals(precision: Precision) -> np.ndarray:
+def narrow_normals(precision: Precision) -> np.ndarray:
     """The normal of every mantissa of a 16-bit dtype, float32: few enough to tabulate, hence equal everywhere."""
     mantissa_bits = MANTISSA_BITS[precision]
     erfinv = _erfinv(np, _uniform_of(np, np.arange(2**mantissa_bits, dtype=np.int32), mantissa_bits))

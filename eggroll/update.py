@@ -16,7 +16,7 @@ from typing import Any
 
 import array_api_compat
 
-from .config import EggrollConfig
+from .config import EggrollConfig, as_int
 from .perturbation import (
     LowRank,
     dense_noise,
@@ -122,9 +122,24 @@ def direction(
 
     Returns:
         float32, shape `shape`.
+
+    Raises:
+        TypeError, ValueError: `weights`, `generation` or `chunk_size` breaks its rule.
+
+    Example:
+        >>> import numpy as np
+        >>> from eggroll import prng
+        >>> weights = np.asarray([1.0, -1.0, 0.5, -0.5])
+        >>> direction(prng.key(0), (3, 2), 0, weights, EggrollConfig(population_size=4)).shape
+        (3, 2)
     """
     xp = array_api_compat.array_namespace(parameter_key)
     device = array_api_compat.device(parameter_key)
+    if tuple(weights.shape) != (config.population_size,):
+        raise ValueError(
+            f"`weights` must have the shape ({config.population_size},), one value for each member, "
+            f"got {tuple(weights.shape)}"
+        )
     layer = tuple(shape[stack_axes:])
     if low_rank is None:
         low_rank = len(layer) == 2
@@ -133,7 +148,7 @@ def direction(
         return total
     keys = stacked_keys(parameter_key, tuple(shape[:stack_axes]))
     precision = noise_precision(config, dtype)
-    step = chunk_size or config.population_size
+    step = config.population_size if chunk_size is None else as_int("chunk_size", chunk_size, 1)
     step += step % 2 if config.antithetic else 0
     for start in range(0, config.population_size, step):
         stop = min(start + step, config.population_size)
@@ -151,4 +166,4 @@ def _columns(xp: Any, factor: Array, stack: int) -> Array:
     """``(draws, *stack, features, rank)`` as ``(*stack, features, draws * rank)``."""
     axes = (*range(1, stack + 2), 0, stack + 2)
     moved = xp.permute_dims(factor, axes)
-    return xp.reshape(moved, (*moved.shape[: stack + 1], -1))
+    return xp.reshape(moved, (*moved.shape[: stack + 1], math.prod(moved.shape[stack + 1 :])))

@@ -1,0 +1,366 @@
+"""What every evolution strategies trainer shares: the generation loop around a `torch.optim` optimizer."""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eggroll.config import as_choice, as_int, as_positive_float
+
+from .fitness import Nonfinite, as_fitness, member_fitness
+from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
+from .population import MemberWeights, Population
+from .swap import uninterrupted
+
+__all__ = ["Trainer"]
+
+FitnessFn = Callable[[nn.Module], float]
+PopulationFitnessFn = Callable[[Population], Tensor]
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class Trainer(torch.optim.Optimizer):
+    """The generation loop: `ask` for a population, score it, `tell` the fitness, let the optimizer step.
+
+    It is a `torch.optim.Optimizer`, so learning-rate schedulers take it; its `param_groups` and `state` are those of
+    `optimizer`, the real one inside, which descends the direction found in `.grad`.
+
+    Attributes:
+        model: the model being trained.
+        optimizer: the `torch.optim` optimizer that takes the step.
+        generation: generations finished.
+        best_fitness: the best fitness of any member so far, ``-inf`` before the first generation.
+        fitness_history: the mean fitness of each finished generation.
+        seed: the seed of the run, an int or a key of two words.
+        device: where the parameters are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        model: nn.Module,
+        fitness_fn: FitnessFn | None,
+        population_fitness_fn: PopulationFitnessFn | None,
+        population_size: int,
+        learning_rate: float,
+        optimizer: OptimizerFactory,
+        device: torch.device | str | None,
+        seed: int | Sequence[int] | Tensor | None,
+        chunk_size: int | None,
+        nonfinite: Nonfinite,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+        _check_callable("fitness_fn", fitness_fn)
+        _check_callable("population_fitness_fn", population_fitness_fn)
+        if fitness_fn is not None and population_fitness_fn is not None:
+            raise ValueError("give `fitness_fn` or `population_fitness_fn`, not both")
+        learning_rate = as_positive_float("learning_rate", learning_rate)
+        self.population_size = as_int("population_size", population_size, 2)
+        self.chunk_size = None if chunk_size is None else as_int("chunk_size", chunk_size, 1)
+        self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
+        self.seed = fresh_seed() if seed is None else seed
+        self._base_key = base_key_of(self.seed)
+        _check_factory(optimizer)
+        self.model = model
+        self.fitness_fn = fitness_fn
+        self.population_fitness_fn = population_fitness_fn
+        self.generation = 0
+        self.best_fitness = -math.inf
+        self.fitness_history: list[float] = []
+        self._best_state: dict[str, Tensor] | None = None
+        self._population: Population | None = None
+        self._ready = False
+        groups = [dict(group) if isinstance(group, dict) else group for group in params]
+        if not groups:
+            raise ValueError("`params` must hold at least one trainable parameter, got none")
+        super().__init__(groups, {"lr": learning_rate})
+        self._trainable = named_trainable(model, flatten_groups(self.param_groups))
+        self.optimizer = optimizer(self.param_groups, lr=learning_rate)
+        self._check_group_options(self.optimizer.param_groups)
+        self.param_groups = self.optimizer.param_groups
+        self.state = self.optimizer.state
+        if device is not None:
+            model.to(device)
+        self.device = next(iter(self._trainable.values())).device
+        self._initial_options = [_options(group) for group in self.param_groups]
+        self._initial_parameters = self._copy_of_parameters()
+        self._ready = True
+
+    # What a kind of evolution strategy defines.
+
+    def _member_weights(self) -> MemberWeights:
+        """The weights of the members of the current generation."""
+        raise NotImplementedError
+
+    def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
+        """The direction to descend, by parameter name, from float64 fitness of shape ``(population_size,)``."""
+        raise NotImplementedError
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """What has to be equal for a saved run to go on as the same run."""
+        return {"population_size": self.population_size}
+
+    # The generation.
+
+    def ask(self) -> Population:
+        """The population of the current generation; the same one until `tell` has finished it."""
+        if self._population is None:
+            members = range(self.population_size)
+            self._population = Population(self.model, self._member_weights(), members, self.chunk_size)
+        return self._population
+
+    def tell(self, fitness: Any) -> dict[str, float]:
+        """Finishes the generation of the last `ask`: shapes the fitness, sets `.grad`, lets the optimizer step.
+
+        Args:
+            fitness: floating point, shape ``(population_size,)``, higher is better: a tensor, an array, or a list.
+
+        Returns:
+            Metrics: ``generation`` (finished so far), ``mean_fitness``, ``std_fitness`` and ``max_fitness`` of this
+            generation, ``best_fitness`` of any member so far.
+
+        Raises:
+            RuntimeError: without `ask`.
+            TypeError, ValueError: a fitness of another shape or dtype, or not finite. The generation stays open, and
+                parameters, optimizer and generation are as before.
+        """
+        population = self._population
+        if population is None:
+            raise RuntimeError("tell() finishes the generation of an ask(), and none is open")
+        scores = as_fitness(fitness, self.population_size, self.nonfinite)  # type: ignore[arg-type]
+        for group in self.param_groups:
+            if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+                raise ValueError(f"`lr` must be a non-negative finite number, got {group['lr']!r}")
+        directions = self._directions(population.weights, scores)
+        best = int(scores.argmax())
+        best_state = self._member_copy(population, best) if float(scores[best]) > self.best_fitness else None
+        with uninterrupted():
+            self._descend(directions)
+            if best_state is not None:
+                self.best_fitness = float(scores[best])
+                self._best_state = best_state
+            self.generation += 1
+            self.fitness_history.append(float(scores.mean()))
+            self._population = None
+            population.close()
+        return {
+            "generation": self.generation,
+            "mean_fitness": float(scores.mean()),
+            "std_fitness": float(scores.std(correction=0)),
+            "max_fitness": float(scores.max()),
+            "best_fitness": self.best_fitness,
+        }
+
+    def step(self, closure: None = None) -> dict[str, float]:  # type: ignore[override]
+        """One generation, scored with `fitness_fn` or `population_fitness_fn`. Returns the metrics of `tell`.
+
+        If scoring raises or is interrupted, nothing has changed and the next call evaluates the same generation.
+        """
+        if closure is not None:
+            raise TypeError("`closure` must be None: members are scored by `fitness_fn` or `population_fitness_fn`")
+        if self.population_fitness_fn is not None:
+            return self.tell(self.population_fitness_fn(self.ask()))
+        if self.fitness_fn is None:
+            raise RuntimeError(
+                "step() needs a `fitness_fn` or a `population_fitness_fn`; without one, ask() and tell()"
+            )
+        score = functools.partial(member_fitness, self.fitness_fn)
+        return self.tell(self.ask().evaluate(score))
+
+    def train(self, num_generations: int, verbose: bool = True) -> dict[str, Any]:
+        """Runs generations.
+
+        Args:
+            num_generations: how many.
+            verbose: show a progress bar with the mean and the best fitness.
+
+        Returns:
+            ``generation`` (finished in all), ``best_fitness`` and ``fitness_history`` (means of all generations).
+        """
+        from tqdm.auto import tqdm
+
+        num_generations = as_int("num_generations", num_generations, 0)
+        with tqdm(total=num_generations, disable=not verbose, unit="gen", desc="EGGROLL") as bar:
+            for _ in range(num_generations):
+                metrics = self.step()
+                bar.set_postfix(mean=f"{metrics['mean_fitness']:.4g}", best=f"{metrics['best_fitness']:.4g}")
+                bar.update()
+        return {
+            "generation": self.generation,
+            "best_fitness": self.best_fitness,
+            "fitness_history": list(self.fitness_history),
+        }
+
+    def get_best_model(self) -> nn.Module:
+        """A copy of the model with the weights of the best member seen; the current model before any generation."""
+        best = copy.deepcopy(self.model)
+        if self._best_state is not None:
+            with torch.no_grad():
+                for name, parameter in best.named_parameters():
+                    if name in self._best_state:
+                        parameter.copy_(self._best_state[name])
+        return best
+
+    def reset(self) -> None:
+        """Back to the start: initial parameters and learning rates, no optimizer state, generation 0, no history."""
+        with uninterrupted():
+            with torch.no_grad():
+                for name, parameter in self._trainable.items():
+                    parameter.copy_(self._initial_parameters[name])
+                    parameter.grad = None
+            self.optimizer.state.clear()
+            for group, options in zip(self.param_groups, self._initial_options, strict=True):
+                group.update(copy.deepcopy(options))
+            self._start_over()
+
+    # What belongs to an optimizer.
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first parameter group; setting it sets all groups."""
+        return float(self.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        value = as_positive_float("learning_rate", value)
+        for group in self.param_groups:
+            group["lr"] = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of the model to those that are trained, between two generations."""
+        if not self._ready:
+            super().add_param_group(param_group)
+            return
+        self._refuse_open_generation("add_param_group()")
+        added = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
+        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
+        group = {**param_group, "params": added}
+        self._check_group_options([{**self.optimizer.defaults, **group}])
+        self.optimizer.add_param_group(group)
+        self._trainable = trainable
+        self._initial_options.append(_options(self.param_groups[-1]))
+        self._initial_parameters = {**self._copy_of_parameters(), **self._initial_parameters}
+        self._parameters_changed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `load_state_dict` needs to go on to the bit, apart from the model's own `state_dict`."""
+        self._refuse_open_generation("state_dict()")
+        return {
+            "hyperparameters": self._hyperparameters(),
+            "key": self._base_key.to(torch.int64).tolist(),
+            "generation": self.generation,
+            "best_fitness": self.best_fitness,
+            "best_state": None if self._best_state is None else dict(self._best_state),
+            "fitness_history": list(self.fitness_history),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; load the model's own `state_dict` into the model as well.
+
+        Raises:
+            ValueError: it was saved by a run with other hyperparameters, parameters or keys missing; nothing changed.
+        """
+        self._refuse_open_generation("load_state_dict()")
+        expected = {
+            "hyperparameters",
+            "key",
+            "generation",
+            "best_fitness",
+            "best_state",
+            "fitness_history",
+            "optimizer",
+        }
+        if set(state_dict) != expected:
+            raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}")
+        ours = self._hyperparameters()
+        for name, value in state_dict["hyperparameters"].items():
+            if name not in ours or ours[name] != value:
+                raise ValueError(f"`state_dict` is of a run with {name}={value!r}, this one has {ours.get(name)!r}")
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+        self._base_key = base_key_of(state_dict["key"])
+        self.seed = list(state_dict["key"])
+        self.generation = state_dict["generation"]
+        self.best_fitness = state_dict["best_fitness"]
+        best_state = state_dict["best_state"]
+        self._best_state = None if best_state is None else {k: v.to(self.device) for k, v in best_state.items()}
+        self.fitness_history = list(state_dict["fitness_history"])
+        self._parameters_changed()
+
+    # Helpers.
+
+    def _parameters_changed(self) -> None:
+        """Called when the trained parameters or the key are others than before."""
+
+    def _descend(self, directions: dict[str, Tensor]) -> None:
+        """Sets `.grad` of what was perturbed, clears that of the rest, and steps."""
+        before = {name: parameter.grad for name, parameter in self._trainable.items()}
+        try:
+            for name, parameter in self._trainable.items():
+                found = directions.get(name)
+                parameter.grad = None if found is None else found.to(parameter.dtype)
+            self.optimizer.step()
+        except BaseException:
+            for name, parameter in self._trainable.items():
+                parameter.grad = before[name]
+            raise
+        # Schedulers attached to the trainer ask whether it has stepped, which tell() does without step().
+        self._opt_called = True
+
+    def _member_copy(self, population: Population, index: int) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in population.weights.materialise(index).items()}
+
+    def _copy_of_parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}
+
+    def _start_over(self) -> None:
+        if self._population is not None:
+            self._population.close()
+        self._population = None
+        self._best_state = None
+        self.generation = 0
+        self.best_fitness = -math.inf
+        self.fitness_history = []
+
+    def _refuse_open_generation(self, what: str) -> None:
+        if self._population is not None:
+            raise RuntimeError(f"{what} between two generations only: finish the open one with tell(), or reset()")
+
+    def _check_group_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        known = {"params", "param_names", "initial_lr", *self.optimizer.defaults}
+        for group in groups:
+            if unknown := set(group) - known:
+                raise ValueError(
+                    f"`params` groups may have the options {sorted(known - {'param_names', 'initial_lr'})}, "
+                    f"got {sorted(unknown)}"
+                )
+            if isinstance(group["lr"], bool) or not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+                raise ValueError(f"`lr` must be a non-negative finite number, got {group['lr']!r}")
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({name: value for name, value in group.items() if name not in {"params", "param_names"}})
+
+
+def _check_callable(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"`{name}` must be callable, got {value!r}")
+
+
+def _check_factory(optimizer: Any) -> None:
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise TypeError(
+            "`optimizer` must make an optimizer, such as torch.optim.AdamW or a functools.partial of it, "
+            f"got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, functools.partial) and "lr" in optimizer.keywords:
+        raise ValueError(
+            "`optimizer` must leave the step size to `learning_rate`, "
+            f"got a partial with lr={optimizer.keywords['lr']!r}"
+        )

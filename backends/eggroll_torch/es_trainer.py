@@ -1,0 +1,202 @@
+"""`ESTrainer`, to be subclassed, and `VanillaESTrainer`: full-rank evolution strategies on one flat vector."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eggroll.config import as_positive_float
+
+from . import threefry
+from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .fitness import Nonfinite
+from .population import MemberWeights
+
+__all__ = ["ESTrainer", "VanillaESTrainer"]
+
+
+class ESTrainer(Trainer):
+    """Evolution strategies on the flattened parameters, for your own algorithm.
+
+    A subclass defines `sample_perturbations` and `compute_update`. Member ``i`` is evaluated at
+    ``current_params + sigma * perturbations[i]``, and the update, times the learning rate, is *added* to the
+    parameters (the optimizer gets its negative as the gradient).
+
+    PyTorch's global generators are seeded from `seed` and the generation around `sample_perturbations`, and put back,
+    so `torch.randn` in it is reproducible.
+
+    Args: see `EGGROLLTrainer`, whose arguments of the same name mean the same.
+
+    Example:
+        >>> import torch
+        >>> from eggroll.torch import ESTrainer
+        >>> class MyESTrainer(ESTrainer):
+        ...     def sample_perturbations(self, population_size):
+        ...         return torch.randn(population_size, self.current_params.shape[0], device=self.device)
+        ...     def compute_update(self, perturbations, fitnesses):
+        ...         weights = (fitnesses - fitnesses.mean()) / fitnesses.std()
+        ...         return (weights[:, None] * perturbations).mean(dim=0)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> trainer = MyESTrainer(model.parameters(), model=model, fitness_fn=lambda m: m.weight.sum(), seed=0)
+        >>> trainer.step()["generation"]
+        1
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        model: nn.Module,
+        fitness_fn: FitnessFn | None = None,
+        population_size: int = 50,
+        learning_rate: float = 0.01,
+        sigma: float = 0.1,
+        device: torch.device | str | None = None,
+        seed: int | Sequence[int] | Tensor | None = None,
+        *,
+        population_fitness_fn: PopulationFitnessFn | None = None,
+        optimizer: OptimizerFactory = torch.optim.SGD,
+        chunk_size: int | None = None,
+        nonfinite: Nonfinite = "raise",
+    ):
+        self._sigma = as_positive_float("sigma", sigma)
+        super().__init__(
+            params,
+            model,
+            fitness_fn,
+            population_fitness_fn,
+            population_size,
+            learning_rate,
+            optimizer,
+            device,
+            seed,
+            chunk_size,
+            nonfinite,
+        )
+
+    def sample_perturbations(self, population_size: int) -> Tensor:
+        """Perturbations in units of sigma, shape ``(population_size, current_params.shape[0])``."""
+        raise NotImplementedError(f"{type(self).__name__} must define sample_perturbations(population_size)")
+
+    def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
+        """The update, shape ``(current_params.shape[0],)``, to be added times the learning rate.
+
+        Args:
+            perturbations: what `sample_perturbations` returned.
+            fitnesses: float32, shape ``(population_size,)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compute_update(perturbations, fitnesses)")
+
+    @property
+    def sigma(self) -> float:
+        """The scale of the perturbation. A change counts from the next `ask` on."""
+        return self._sigma
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self._sigma = as_positive_float("sigma", value)
+
+    @property
+    def current_params(self) -> Tensor:
+        """All trained parameters as one vector, a copy."""
+        return torch.cat([parameter.detach().flatten() for parameter in self._trainable.values()])
+
+    def _member_weights(self) -> MemberWeights:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._generation_seed())
+            perturbations = self.sample_perturbations(self.population_size)
+        expected = (self.population_size, sum(p.numel() for p in self._trainable.values()))
+        if not isinstance(perturbations, Tensor) or tuple(perturbations.shape) != expected:
+            shape = tuple(getattr(perturbations, "shape", ()))
+            raise ValueError(
+                f"`sample_perturbations` must return a tensor of shape {expected}, got the shape {shape}"
+            )
+        return _FlatWeights(self._trainable, perturbations, self._sigma)
+
+    def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
+        assert isinstance(weights, _FlatWeights)
+        with torch.no_grad():
+            update = self.compute_update(weights.perturbations, fitness.to(self.device, torch.float32))
+        expected = weights.perturbations.shape[1:]
+        if not isinstance(update, Tensor) or update.shape != expected:
+            shape = tuple(getattr(update, "shape", ()))
+            raise ValueError(
+                f"`compute_update` must return a tensor of shape {tuple(expected)}, got the shape {shape}"
+            )
+        if not torch.isfinite(update).all():
+            raise ValueError("`compute_update` must return finite values, got NaN or infinity")
+        return weights.unflatten(-update)
+
+    def _generation_seed(self) -> int:
+        key = threefry.fold_in(self._base_key.to(torch.int32), torch.tensor(self.generation, dtype=torch.int32))
+        high, low = (int(word) & 0xFFFFFFFF for word in key.tolist())
+        return (high << 31) ^ low  # torch.manual_seed takes signed 64-bit numbers
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        return {**super()._hyperparameters(), "sigma": self._sigma}
+
+
+class VanillaESTrainer(ESTrainer):
+    """Full-rank evolution strategies: every parameter gets dense Gaussian noise, independent for each member.
+
+    The update is the estimate of Salimans et al. (arXiv 1703.03864), ``1 / (N * sigma) * sum_i w_i * eps_i``, with
+    z-scored fitness as the weights. It holds ``population_size`` full perturbations: `EGGROLLTrainer` does not.
+    """
+
+    def sample_perturbations(self, population_size: int) -> Tensor:
+        generation_key = threefry.fold_in(
+            self._base_key.to(torch.int32), torch.tensor(self.generation, dtype=torch.int32)
+        )
+        keys = threefry.fold_in(generation_key, torch.arange(population_size, dtype=torch.int32))
+        size = sum(parameter.numel() for parameter in self._trainable.values())
+        return threefry.draw_normals(
+            keys.unsqueeze(1).to(self.device),
+            torch.zeros(size, dtype=torch.int64, device=self.device),
+            torch.arange(size, dtype=torch.int32, device=self.device),
+        )
+
+    def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
+        shifted = fitnesses - fitnesses[0]
+        weights = (shifted - shifted.mean()) / torch.sqrt(shifted.var(correction=0) + 1e-5)
+        return weights @ perturbations / (len(weights) * self.sigma)
+
+
+class _FlatWeights:
+    """Members' weights from dense perturbations of the flattened parameters."""
+
+    members_per_draw = 1
+
+    def __init__(self, parameters: dict[str, nn.Parameter], perturbations: Tensor, sigma: float):
+        self._parameters = parameters
+        self.perturbations = perturbations
+        self._sigma = sigma
+
+    def prepare(self, members: range) -> None:
+        """All perturbations are held anyway."""
+
+    def batched(self, members: range) -> dict[str, Tensor]:
+        return self._perturbed(self.perturbations[members.start : members.stop])
+
+    def bind(self, members: range, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        return mine
+
+    @torch.no_grad()
+    def materialise(self, member: int) -> dict[str, Tensor]:
+        return self._perturbed(self.perturbations[member])
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector, or several along leading axes, as tensors of the parameters' shapes."""
+        parts = flat.split([parameter.numel() for parameter in self._parameters.values()], dim=-1)
+        return {
+            name: part.reshape(*part.shape[:-1], *parameter.shape)
+            for (name, parameter), part in zip(self._parameters.items(), parts, strict=True)
+        }
+
+    def _perturbed(self, perturbations: Tensor) -> dict[str, Tensor]:
+        return {
+            name: (parameter.detach() + self._sigma * part).to(parameter.dtype)
+            for (name, part), parameter in zip(
+                self.unflatten(perturbations).items(), self._parameters.values(), strict=True
+            )
+        }

@@ -1,0 +1,192 @@
+"""The operations on a perturbed weight, each for a whole chunk of members at once.
+
+Under `torch.vmap` over members an operation sees one member; its batching rule sees all of them and does what no
+composition of batched PyTorch operations would: the product with the shared weight once for all rows (once at all,
+where the inputs are shared), the rank-`r` term once for each draw, added in place while the rows are in the cache.
+
+Each is a `torch.library` operation, so a compiler sees through it and a kernel can take its place.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["perturbed_embedding", "perturbed_linear"]
+
+# Rows of a block times features times bytes: about half of a core's second-level cache.
+_BLOCK_BYTES = 1 << 20
+
+
+@torch.library.custom_op("eggroll::perturbed_linear", mutates_args=())
+def perturbed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
+) -> Tensor:
+    """``x @ W_i.T + bias`` with ``W_i = W + signs[i] * scale * A[d] @ B[d].T`` for one member ``i``.
+
+    Args:
+        x: shape ``(..., in)``.
+        weight: shape ``(out, in)``.
+        bias: shape ``(out,)``, or None.
+        A: shape ``(draws, out, rank)``.
+        B: shape ``(draws, in, rank)``.
+        member: int64, shape ``()``, the member's place in the chunk. Under `vmap` over members it is
+            ``0 .. members - 1``; draw ``d`` is ``member // (members / draws)``.
+        signs: float32, shape ``(members,)``.
+        scale: ``sigma / sqrt(rank)``.
+
+    Returns:
+        Shape ``(..., out)``.
+    """
+    rows = x.reshape(1, -1, x.shape[-1])
+    A, B, sign = _one_member(A, B, member, signs)
+    out = _linear_of_members(rows, weight, bias, A, B, sign, scale)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@perturbed_linear.register_fake
+def _(x, weight, bias, A, B, member, signs, scale):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@perturbed_linear.register_vmap
+def _(info, in_dims, x, weight, bias, A, B, member, signs, scale):
+    x_dim, _, bias_dim, _, _, member_dim, _, _ = in_dims
+    x = _batch_first(x, x_dim)
+    bias = _batch_first(bias, bias_dim)
+    if member_dim is None:
+        # A vmap inside the model: the same member, more rows.
+        if x_dim is None:
+            x = x.expand(info.batch_size, *x.shape)
+        out = perturbed_linear(x, weight, None if bias_dim is not None else bias, A, B, member, signs, scale)
+        if bias_dim is not None:
+            out = out + bias.view(bias.shape[0], *(1,) * (out.ndim - 2), -1)
+        return out, 0
+    lead = x.shape[:-1] if x_dim is None else x.shape[1:-1]
+    rows = x.reshape(-1, x.shape[-1]) if x_dim is None else x.reshape(x.shape[0], -1, x.shape[-1])
+    out = _linear_of_members(rows, weight, bias, A, B, signs, scale)
+    return out.view(out.shape[0], *lead, weight.shape[0]), 0
+
+
+@torch.library.custom_op("eggroll::perturbed_embedding", mutates_args=())
+def perturbed_embedding(
+    index: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
+) -> Tensor:
+    """Rows ``W_i[index]`` of the perturbed weight of one member ``i``; see `perturbed_linear`.
+
+    Args:
+        index: integer, shape ``(...)``.
+        weight: shape ``(num_embeddings, embedding_dim)``.
+
+    Returns:
+        Shape ``(..., embedding_dim)``.
+    """
+    A, B, sign = _one_member(A, B, member, signs)
+    out = _embedding_of_members(index.reshape(1, -1), weight, A, B, sign, scale)
+    return out.view(*index.shape, weight.shape[1])
+
+
+@perturbed_embedding.register_fake
+def _(index, weight, A, B, member, signs, scale):
+    return weight.new_empty(*index.shape, weight.shape[1])
+
+
+@perturbed_embedding.register_vmap
+def _(info, in_dims, index, weight, A, B, member, signs, scale):
+    index_dim, member_dim = in_dims[0], in_dims[4]
+    index = _batch_first(index, index_dim)
+    if member_dim is None:
+        return perturbed_embedding(index, weight, A, B, member, signs, scale), 0
+    lead = index.shape if index_dim is None else index.shape[1:]
+    flat = index.reshape(1, -1).expand(signs.shape[0], -1) if index_dim is None else index.flatten(1)
+    out = _embedding_of_members(flat, weight, A, B, signs, scale)
+    return out.view(out.shape[0], *lead, weight.shape[1]), 0
+
+
+def _linear_of_members(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, signs: Tensor, scale: float
+) -> Tensor:
+    """`perturbed_linear` for all members of a chunk.
+
+    Args:
+        x: shape ``(rows, in)``, shared by the members, or ``(members, rows, in)``.
+        bias: shape ``(out,)``, shared, or ``(members, out)``, or None.
+
+    Returns:
+        Shape ``(members, rows, out)``.
+    """
+    members, (draws, out_features, rank) = signs.shape[0], A.shape
+    copies = members // draws
+    shared = x.ndim == 2
+    rows, in_features = x.shape[-2:]
+    out = x.new_empty(members, rows, out_features)
+    if out.numel() == 0:
+        return out
+    shared_bias = bias if bias is not None and bias.ndim == 1 else None
+    own_bias = bias if bias is not None and bias.ndim == 2 else None
+    base = torch.nn.functional.linear(x, weight, shared_bias) if shared else None
+    signs = (signs * scale).to(x.dtype).view(draws, copies, 1, 1)
+    for draw in range(0, draws, step := _draws_in_block(x, copies * rows * max(in_features, out_features))):
+        here = slice(draw, draw + step)
+        block = out[draw * copies : (draw + step) * copies]  # (members of the block, rows, out)
+        A_, B_ = A[here], B[here]
+        if base is not None:
+            block.copy_(base)
+            projected = _shared_projection(x, B_).unsqueeze(1)  # (draws, 1, rows, rank)
+        else:
+            x_ = x[draw * copies : (draw + step) * copies]
+            _linear_into(block.view(-1, out_features), x_.reshape(-1, in_features), weight, shared_bias)
+            projected = torch.bmm(x_.reshape(-1, copies * rows, in_features), B_)
+            projected = projected.view(-1, copies, rows, rank)
+        projected = (projected * signs[here]).flatten(1, 2)  # (draws, copies * rows, rank)
+        _add_outer_(block.view(-1, copies * rows, out_features), projected, A_)
+        if own_bias is not None:
+            block.add_(own_bias[draw * copies : (draw + step) * copies].unsqueeze(1))
+    return out
+
+
+def _embedding_of_members(index: Tensor, weight: Tensor, A: Tensor, B: Tensor, signs: Tensor, scale: float) -> Tensor:
+    """`perturbed_embedding` for all members of a chunk: `index` of shape ``(members, rows)``."""
+    draws, _, rank = A.shape
+    copies, rows = index.shape[0] // draws, index.shape[1]
+    out = torch.nn.functional.embedding(index, weight)  # (members, rows, dim)
+    by_draw = index.reshape(draws, copies * rows)
+    picked = A.gather(1, by_draw.unsqueeze(-1).expand(-1, -1, rank)).view(draws, copies, rows, rank)
+    picked = (picked * (signs * scale).to(weight.dtype).view(draws, copies, 1, 1)).flatten(1, 2)
+    _add_outer_(out.view(draws, copies * rows, -1), picked, B)
+    return out
+
+
+def _add_outer_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right.T`` for each draw: `left` ``(draws, rows, rank)``, `right` ``(draws, n, rank)``."""
+    if left.shape[-1] == 1:
+        out.addcmul_(left, right.mT)
+    else:
+        out.baddbmm_(left, right.mT)
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.mT, out=out)
+    else:
+        torch.addmm(bias, x, weight.mT, out=out)
+
+
+def _shared_projection(x: Tensor, B: Tensor) -> Tensor:
+    """``x @ B[d]`` for each draw, as one product; shape ``(draws, rows, rank)``."""
+    draws, in_features, rank = B.shape
+    flat = x @ B.permute(1, 0, 2).reshape(in_features, draws * rank)
+    return flat.view(-1, draws, rank).permute(1, 0, 2)
+
+
+def _one_member(A: Tensor, B: Tensor, member: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    draw = member // (signs.shape[0] // A.shape[0])
+    return A[draw].unsqueeze(0), B[draw].unsqueeze(0), signs[member].view(1)
+
+
+def _draws_in_block(x: Tensor, elements_of_a_draw: int) -> int:
+    if x.device.type != "cpu":
+        return 2**31
+    return max(1, _BLOCK_BYTES // max(1, elements_of_a_draw * x.element_size()))
+
+
+def _batch_first(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    return tensor if tensor is None or dim is None else tensor.movedim(dim, 0)

@@ -1,0 +1,155 @@
+"""What is trained and how: each parameter's name, key, kind of noise, rank and sigma scale.
+
+Matrices, convolution kernels and stacks of matrices get low-rank noise, everything else dense noise.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eggroll import EggrollConfig, perturbation, prng
+
+__all__ = ["ParameterNoise", "describe_parameters", "named_trainable"]
+
+Kind = Literal["low_rank", "dense"]
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+@dataclass(frozen=True)
+class ParameterNoise:
+    """How one trained parameter is perturbed.
+
+    Attributes:
+        name: dotted, as in `named_parameters`.
+        parameter: the parameter itself.
+        kind: ``"low_rank"`` or ``"dense"``.
+        stack: lengths of the leading axes that stack layers, each with its own key.
+        layer: shape of one layer; for low rank ``(out_features, in_features)``, where a convolution kernel counts
+            as the matrix ``(out_channels, in_channels / groups * kernel elements)``.
+        rank: columns of the factors.
+        precision: the dtype in which the noise is drawn.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    kind: Kind
+    stack: tuple[int, ...]
+    layer: tuple[int, ...]
+    rank: int
+    precision: prng.Precision
+
+    @property
+    def draw_shape(self) -> tuple[int, ...]:
+        """The shape of one layer's draw: ``(in + out, rank)`` for low rank, else the layer itself."""
+        return (sum(self.layer), self.rank) if self.kind == "low_rank" else self.layer
+
+    @property
+    def layers(self) -> int:
+        """How many layers are stacked, 1 where none are."""
+        return math.prod(self.stack)
+
+    @property
+    def draw_size(self) -> int:
+        """Numbers drawn for one member."""
+        return self.layers * math.prod(self.draw_shape)
+
+
+def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Parameter]:
+    """The trained parameters by name: those of `params` that require a gradient.
+
+    Raises:
+        ValueError: no trainable parameter, one that is not the model's, one that is not floating point, or one on
+            another device than the rest.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trainable: dict[str, nn.Parameter] = {}
+    for index, parameter in enumerate(params):
+        name = names.get(id(parameter))
+        if name is None:
+            raise ValueError(
+                f"`params` must be parameters of `model`, but number {index}, "
+                f"of shape {tuple(parameter.shape)}, is not"
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"`params` must be floating point, but {name!r} is {parameter.dtype}: "
+                "leave it out and it stays as it is"
+            )
+        if parameter.requires_grad:
+            assert isinstance(parameter, nn.Parameter)
+            trainable[name] = parameter
+    if not trainable:
+        raise ValueError(
+            "`params` must hold at least one trainable parameter (one that requires a gradient), got none"
+        )
+    first, *rest = trainable.items()
+    for name, parameter in rest:
+        if parameter.device != first[1].device:
+            raise ValueError(
+                f"`params` must be on one device, but {first[0]!r} is on {first[1].device} "
+                f"and {name!r} on {parameter.device}"
+            )
+    return trainable
+
+
+def describe_parameters(
+    model: nn.Module, trainable: dict[str, nn.Parameter], config: EggrollConfig
+) -> list[ParameterNoise]:
+    """The noise of every trained parameter, in canonical order. With `freeze_nonlora` the dense ones are left out."""
+    convolutions = _convolution_kernels(model)
+    described = []
+    for name in perturbation.canonical_order(trainable):
+        parameter = trainable[name]
+        kind, stack, layer = _layout(parameter, id(parameter) in convolutions)
+        if kind == "dense" and config.freeze_nonlora:
+            continue
+        precision = perturbation.noise_precision(config, str(parameter.dtype).removeprefix("torch."))
+        described.append(ParameterNoise(name, parameter, kind, stack, layer, config.rank, precision))
+    return described
+
+
+def model_keys(model: nn.Module, base_key: Tensor) -> dict[str, Tensor]:
+    """The key of every parameter of the model, frozen ones included, so that freezing one moves no other's noise."""
+    return perturbation.parameter_keys(base_key, (name for name, _ in model.named_parameters()))
+
+
+def _convolution_kernels(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, _CONVOLUTIONS)}
+
+
+def _layout(parameter: Tensor, convolution: bool) -> tuple[Kind, tuple[int, ...], tuple[int, ...]]:
+    shape = tuple(parameter.shape)
+    if convolution:
+        return "low_rank", (), (shape[0], math.prod(shape[1:]))
+    if len(shape) == 2:
+        return "low_rank", (), shape
+    # A stack of matrices, such as the weights of experts; not a vector that was given axes of length 1 to broadcast.
+    if len(shape) == 3 and min(shape) > 1:
+        return "low_rank", shape[:1], shape[1:]
+    return "dense", (), shape
+
+
+def flatten_groups(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups, in order."""
+    return [parameter for group in param_groups for parameter in group["params"]]
+
+
+def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:
+    """The key of a run from its seed: an int, or a key of two words. uint32, shape ``(2,)``, on the CPU."""
+    import array_api_compat.torch as xp
+
+    if isinstance(seed, Tensor) and seed.ndim == 0:
+        seed = seed.item()  # type: ignore[assignment]
+    if isinstance(seed, int) or not hasattr(seed, "__len__"):
+        return prng.key(seed, xp=xp)  # type: ignore[arg-type]
+    return prng.key_from_words(seed, xp=xp)
+
+
+def fresh_seed() -> int:
+    """A seed from PyTorch's global generator, so that `torch.manual_seed` decides it too."""
+    return int(torch.randint(2**63 - 1, ()).item())

@@ -1,0 +1,182 @@
+"""`EGGROLLTrainer`: trains a `torch.nn.Module` with low-rank evolution strategies."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eggroll import EggrollConfig
+from eggroll.config import as_positive_float
+
+from . import update
+from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .fitness import Nonfinite, shaped_weights
+from .noise import NoiseSource
+from .parameters import describe_parameters, model_keys
+from .perturbed import Policy
+from .population import MemberWeights, chunk_ranges
+from .weights import EggrollWeights
+
+__all__ = ["EGGROLLTrainer"]
+
+
+class EGGROLLTrainer(Trainer):
+    """Trains a model by EGGROLL (arXiv 2511.16652): no gradients, a score is enough.
+
+    A generation evaluates `population_size` members, the model under low-rank perturbations of its matrices and dense
+    ones of everything else, and hands the direction ``-sqrt(N) * mean(w * E)`` to a `torch.optim` optimizer. With
+    z-scored fitness the RMS step of plain SGD is about ``learning_rate * sigma``, whatever population and rank: that
+    is the rule for choosing a learning rate.
+
+    Args:
+        params: the model's parameters to train, or parameter groups, as for `torch.optim`. Those that require no
+            gradient are left alone.
+        model: the model.
+        fitness_fn: scores one member: called with the model, whose weights are that member's for the call, returns a
+            number, higher is better.
+        population_size: members in one generation.
+        learning_rate: the optimizer's, positive.
+        sigma: scale of the perturbation, positive. May be set between generations: ``trainer.sigma = 0.05``.
+        rank: rank of a matrix's perturbation.
+        noise_reuse: evaluations of each draw: 0 or 1 for independent members, 2 for antithetic pairs.
+        group_size: consecutive members whose fitness is normalised together; 0 for all.
+        freeze_nonlora: train matrices only.
+        device: moves the model there first; by default it stays where it is.
+        seed: an int or a key of two words; by default drawn from PyTorch's global generator. The same seed gives the
+            same run on every machine and with every `chunk_size`.
+        population_fitness_fn: scores all members in one call: called with a `Population`, returns a floating-point
+            tensor of shape ``(population_size,)``.
+        antithetic: whether members ``2 i`` and ``2 i + 1`` share a draw with opposite signs; by default as
+            `noise_reuse` says.
+        noise_lifetime: generations that a draw lives; None for ever.
+        fitness_shaping: ``"zscore"``, ``"group_zscore"``, ``"centered_rank"``, ``"sign"``, ``"baseline"``, ``"raw"``
+            or a callable from float64 fitness to weights, both of shape ``(population_size,)``.
+        gradient_scale: ``"reference"``, or ``"unbiased"`` for the evolution strategies estimate of the gradient.
+        noise_dtype: ``"float32"``, or ``"param"`` to draw in each parameter's dtype as the reference does.
+        optimizer: makes the optimizer, called with parameter groups and ``lr``: a class of `torch.optim` or a
+            `functools.partial` of one.
+        chunk_size: members that are evaluated at a time; all by default. Does not change the result.
+        nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
+            ``"worst"`` finite member.
+        strict: raise where an operation has no low-rank rule, instead of forming the weight of each member of a chunk
+            with a warning.
+
+    Example:
+        >>> import torch
+        >>> from eggroll.torch import EGGROLLTrainer
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> target = torch.tensor([[1.0, -1.0]])
+        >>> def fitness_fn(model):
+        ...     return -(model.weight - target).square().sum().item()
+        >>> trainer = EGGROLLTrainer(
+        ...     model.parameters(), model=model, fitness_fn=fitness_fn, noise_reuse=2, learning_rate=0.3, seed=0
+        ... )
+        >>> history = trainer.train(100, verbose=False)
+        >>> bool((model.weight - target).abs().max() < 0.1)
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        model: nn.Module,
+        fitness_fn: FitnessFn | None = None,
+        population_size: int = 256,
+        learning_rate: float = 0.01,
+        sigma: float = 0.1,
+        rank: int = 1,
+        noise_reuse: int = 0,
+        group_size: int = 0,
+        freeze_nonlora: bool = False,
+        device: torch.device | str | None = None,
+        seed: int | Sequence[int] | Tensor | None = None,
+        *,
+        population_fitness_fn: PopulationFitnessFn | None = None,
+        antithetic: bool | None = None,
+        noise_lifetime: int | None = 1,
+        fitness_shaping: str | Callable[[Tensor], Tensor] = "zscore",
+        gradient_scale: str = "reference",
+        noise_dtype: str = "float32",
+        optimizer: OptimizerFactory = torch.optim.SGD,
+        chunk_size: int | None = None,
+        nonfinite: Nonfinite = "raise",
+        strict: bool = False,
+    ):
+        self.config = EggrollConfig(
+            population_size=population_size,
+            sigma=sigma,
+            rank=rank,
+            antithetic=_antithetic(noise_reuse, antithetic),
+            noise_lifetime=noise_lifetime,
+            fitness_shaping=fitness_shaping,
+            group_size=group_size,
+            freeze_nonlora=freeze_nonlora,
+            gradient_scale=gradient_scale,  # type: ignore[arg-type]
+            noise_dtype=noise_dtype,  # type: ignore[arg-type]
+        )
+        self._policy = Policy(strict=strict)
+        super().__init__(
+            params,
+            model,
+            fitness_fn,
+            population_fitness_fn,
+            population_size,
+            learning_rate,
+            optimizer,
+            device,
+            seed,
+            chunk_size,
+            nonfinite,
+        )
+        self._parameters_changed()
+
+    @property
+    def sigma(self) -> float:
+        """The scale of the perturbation. A change counts from the next `ask` on."""
+        return self.config.sigma
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self.config = replace(self.config, sigma=as_positive_float("sigma", value))
+
+    @property
+    def rank(self) -> int:
+        """The rank of a matrix's perturbation."""
+        return self.config.rank
+
+    def _parameters_changed(self) -> None:
+        self._noise = describe_parameters(self.model, self._trainable, self.config)
+        if not self._noise:
+            raise ValueError("`freeze_nonlora` leaves no trainable parameter: `params` holds no matrix")
+        self._keys = model_keys(self.model, self._base_key)
+
+    def _member_weights(self) -> EggrollWeights:
+        return EggrollWeights(NoiseSource(self._noise, self._keys, self.generation, self.config), self._policy)
+
+    def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
+        assert isinstance(weights, EggrollWeights)
+        source = weights.source
+        chunks = list(chunk_ranges(range(len(fitness)), self.chunk_size or len(fitness), source.members_per_draw))
+        # The last chunk evaluated is the one whose noise is still there.
+        return update.direction(source, shaped_weights(fitness, source.config), reversed(chunks))
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        values = asdict(self.config)
+        if callable(self.config.fitness_shaping):
+            values["fitness_shaping"] = getattr(self.config.fitness_shaping, "__qualname__", "callable")
+        return values
+
+
+def _antithetic(noise_reuse: Any, antithetic: bool | None) -> Any:
+    if isinstance(noise_reuse, bool) or noise_reuse not in (0, 1, 2):
+        raise ValueError(
+            "`noise_reuse` must be 0 or 1 (independent members) or 2 (antithetic pairs), "
+            f"got {noise_reuse!r}; for draws that live several generations use `noise_lifetime`"
+        )
+    if antithetic is None:
+        return noise_reuse == 2
+    if antithetic is False and noise_reuse == 2:
+        raise ValueError("`noise_reuse` 2 means antithetic pairs, got `antithetic` False")
+    return antithetic
