@@ -1,5 +1,6 @@
 """EGGROLL for PyTorch. Import it as `eggroll.torch`."""
 
+from . import rules as rules
 from .es_trainer import ESTrainer as ESTrainer
 from .es_trainer import VanillaESTrainer as VanillaESTrainer
 from .perturbed import MaterialisedWarning as MaterialisedWarning

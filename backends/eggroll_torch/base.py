@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from eggroll.config import as_choice, as_int, as_positive_float
 
+from . import threefry
 from .fitness import Nonfinite, as_fitness, member_fitness
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
-from .population import MemberWeights, Population
+from .population import MemberWeights, Population, Randomness
 from .swap import uninterrupted
 
 __all__ = ["Trainer"]
@@ -21,6 +23,10 @@ __all__ = ["Trainer"]
 FitnessFn = Callable[[nn.Module], float]
 PopulationFitnessFn = Callable[[Population], Tensor]
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+# What is folded into the key of a run for the randomness that is not noise: as a word 2**32 - 1, which is the index
+# of no parameter.
+_RANDOMNESS = -1
 
 
 class Trainer(torch.optim.Optimizer):
@@ -52,6 +58,7 @@ class Trainer(torch.optim.Optimizer):
         seed: int | Sequence[int] | Tensor | None,
         chunk_size: int | None,
         nonfinite: Nonfinite,
+        randomness: Randomness,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -60,9 +67,10 @@ class Trainer(torch.optim.Optimizer):
         if fitness_fn is not None and population_fitness_fn is not None:
             raise ValueError("give `fitness_fn` or `population_fitness_fn`, not both")
         learning_rate = as_positive_float("learning_rate", learning_rate)
-        self.population_size = as_int("population_size", population_size, 2)
+        self._population_size = as_int("population_size", population_size, 2)
         self.chunk_size = None if chunk_size is None else as_int("chunk_size", chunk_size, 1)
         self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
+        self.randomness = as_choice("randomness", randomness, ("different", "same"))
         self.seed = fresh_seed() if seed is None else seed
         self._base_key = base_key_of(self.seed)
         _check_factory(optimizer)
@@ -75,20 +83,21 @@ class Trainer(torch.optim.Optimizer):
         self._best_state: dict[str, Tensor] | None = None
         self._population: Population | None = None
         self._ready = False
-        groups = [dict(group) if isinstance(group, dict) else group for group in params]
-        if not groups:
-            raise ValueError("`params` must hold at least one trainable parameter, got none")
-        super().__init__(groups, {"lr": learning_rate})
+        super().__init__(_as_groups(params), {"lr": learning_rate})
         self._trainable = named_trainable(model, flatten_groups(self.param_groups))
         self.optimizer = optimizer(self.param_groups, lr=learning_rate)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, it made {self.optimizer!r}")
         self._check_group_options(self.optimizer.param_groups)
         self.param_groups = self.optimizer.param_groups
         self.state = self.optimizer.state
+        self.defaults = self.optimizer.defaults
         if device is not None:
             model.to(device)
         self.device = next(iter(self._trainable.values())).device
         self._initial_options = [_options(group) for group in self.param_groups]
         self._initial_parameters = self._copy_of_parameters()
+        self._initial_sigma = self.sigma
         self._ready = True
 
     # What a kind of evolution strategy defines.
@@ -103,15 +112,28 @@ class Trainer(torch.optim.Optimizer):
 
     def _hyperparameters(self) -> dict[str, Any]:
         """What has to be equal for a saved run to go on as the same run."""
-        return {"population_size": self.population_size}
+        return {
+            "trainer": type(self).__name__,
+            "optimizer": type(self.optimizer).__name__,
+            "population_size": self.population_size,
+        }
+
+    sigma: float
 
     # The generation.
 
     def ask(self) -> Population:
         """The population of the current generation; the same one until `tell` has finished it."""
         if self._population is None:
+            self._train(named_trainable(self.model, flatten_groups(self.param_groups)))
             members = range(self.population_size)
-            self._population = Population(self.model, self._member_weights(), members, self.chunk_size)
+            self._population = Population(
+                self.model,
+                self._member_weights(),
+                members,
+                self.chunk_size,
+                self.randomness,  # type: ignore[arg-type]
+            )
         return self._population
 
     def tell(self, fitness: Any) -> dict[str, float]:
@@ -134,8 +156,7 @@ class Trainer(torch.optim.Optimizer):
             raise RuntimeError("tell() finishes the generation of an ask(), and none is open")
         scores = as_fitness(fitness, self.population_size, self.nonfinite)  # type: ignore[arg-type]
         for group in self.param_groups:
-            if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-                raise ValueError(f"`lr` must be a non-negative finite number, got {group['lr']!r}")
+            _check_lr(group["lr"])
         directions = self._directions(population.weights, scores)
         best = int(scores.argmax())
         best_state = self._member_copy(population, best) if float(scores[best]) > self.best_fitness else None
@@ -163,14 +184,21 @@ class Trainer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise TypeError("`closure` must be None: members are scored by `fitness_fn` or `population_fitness_fn`")
-        if self.population_fitness_fn is not None:
-            return self.tell(self.population_fitness_fn(self.ask()))
-        if self.fitness_fn is None:
+        if self.fitness_fn is None and self.population_fitness_fn is None:
             raise RuntimeError(
                 "step() needs a `fitness_fn` or a `population_fitness_fn`; without one, ask() and tell()"
             )
-        score = functools.partial(member_fitness, self.fitness_fn)
-        return self.tell(self.ask().evaluate(score))
+        already_open = self._population is not None
+        try:
+            population = self.ask()
+            if self.fitness_fn is not None:
+                return self.tell(population.evaluate(functools.partial(member_fitness, self.fitness_fn)))
+            assert self.population_fitness_fn is not None
+            return self.tell(self.population_fitness_fn(population))
+        except BaseException:
+            if not already_open:
+                self._abandon()
+            raise
 
     def train(self, num_generations: int, verbose: bool = True) -> dict[str, Any]:
         """Runs generations.
@@ -207,7 +235,7 @@ class Trainer(torch.optim.Optimizer):
         return best
 
     def reset(self) -> None:
-        """Back to the start: initial parameters and learning rates, no optimizer state, generation 0, no history."""
+        """Back to the start: initial parameters, learning rates and sigma, no optimizer state, no history."""
         with uninterrupted():
             with torch.no_grad():
                 for name, parameter in self._trainable.items():
@@ -216,7 +244,17 @@ class Trainer(torch.optim.Optimizer):
             self.optimizer.state.clear()
             for group, options in zip(self.param_groups, self._initial_options, strict=True):
                 group.update(copy.deepcopy(options))
-            self._start_over()
+            self.sigma = self._initial_sigma
+            self._abandon()
+            self._best_state = None
+            self.generation = 0
+            self.best_fitness = -math.inf
+            self.fitness_history = []
+
+    @property
+    def population_size(self) -> int:
+        """Members in one generation."""
+        return self._population_size
 
     # What belongs to an optimizer.
 
@@ -236,22 +274,26 @@ class Trainer(torch.optim.Optimizer):
         if not self._ready:
             super().add_param_group(param_group)
             return
-        self._refuse_open_generation("add_param_group()")
+        if self._population is not None:
+            raise RuntimeError("add_param_group() between two generations only: finish the open one with tell()")
         added = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
         trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
         group = {**param_group, "params": added}
         self._check_group_options([{**self.optimizer.defaults, **group}])
         self.optimizer.add_param_group(group)
-        self._trainable = trainable
         self._initial_options.append(_options(self.param_groups[-1]))
-        self._initial_parameters = {**self._copy_of_parameters(), **self._initial_parameters}
-        self._parameters_changed()
+        self._train(trainable)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later `load_state_dict` needs to go on to the bit, apart from the model's own `state_dict`."""
-        self._refuse_open_generation("state_dict()")
+        """All that a later `load_state_dict` needs to go on to the bit, apart from the model's own `state_dict`.
+
+        It may be taken at any time: an open generation will be evaluated again. As with any optimizer, its tensors
+        are those of the run: copy what has to outlast the next step.
+        """
         return {
             "hyperparameters": self._hyperparameters(),
+            "parameters": {name: list(parameter.shape) for name, parameter in self._trainable.items()},
+            "sigma": self.sigma,
             "key": self._base_key.to(torch.int64).tolist(),
             "generation": self.generation,
             "best_fitness": self.best_fitness,
@@ -266,26 +308,23 @@ class Trainer(torch.optim.Optimizer):
         Raises:
             ValueError: it was saved by a run with other hyperparameters, parameters or keys missing; nothing changed.
         """
-        self._refuse_open_generation("load_state_dict()")
-        expected = {
-            "hyperparameters",
-            "key",
-            "generation",
-            "best_fitness",
-            "best_state",
-            "fitness_history",
-            "optimizer",
-        }
-        if set(state_dict) != expected:
+        if set(state_dict) != (expected := set(self.state_dict())):
             raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}")
-        ours = self._hyperparameters()
-        for name, value in state_dict["hyperparameters"].items():
-            if name not in ours or ours[name] != value:
-                raise ValueError(f"`state_dict` is of a run with {name}={value!r}, this one has {ours.get(name)!r}")
+        for what in ("hyperparameters", "parameters"):
+            saved, ours = state_dict[what], self.state_dict()[what]
+            for name in sorted({*saved, *ours}):
+                if saved.get(name, "none") != ours.get(name, "none"):
+                    raise ValueError(
+                        f"`state_dict` is of a run with other {what}: {name} is {saved.get(name, 'none')!r} there "
+                        f"and {ours.get(name, 'none')!r} here"
+                    )
+        base_key = base_key_of(state_dict["key"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-        self._base_key = base_key_of(state_dict["key"])
+        self._abandon()
+        self._base_key = base_key
         self.seed = list(state_dict["key"])
+        self.sigma = state_dict["sigma"]
         self.generation = state_dict["generation"]
         self.best_fitness = state_dict["best_fitness"]
         best_state = state_dict["best_state"]
@@ -293,22 +332,32 @@ class Trainer(torch.optim.Optimizer):
         self.fitness_history = list(state_dict["fitness_history"])
         self._parameters_changed()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A learning-rate scheduler wraps `step` of the object that it was given, not of its copies.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
+
     # Helpers.
+
+    def _randomness_key(self) -> Tensor:
+        """The key of what is random in this generation besides the noise, int32 on the parameters' device."""
+        key = threefry.fold_in(self._base_key.to(torch.int32), torch.tensor(_RANDOMNESS, dtype=torch.int32))
+        return threefry.fold_in(key, torch.tensor(self.generation, dtype=torch.int32)).to(self.device)
 
     def _parameters_changed(self) -> None:
         """Called when the trained parameters or the key are others than before."""
 
     def _descend(self, directions: dict[str, Tensor]) -> None:
         """Sets `.grad` of what was perturbed, clears that of the rest, and steps."""
-        before = {name: parameter.grad for name, parameter in self._trainable.items()}
+        before = [(parameter, parameter.grad) for parameter in flatten_groups(self.param_groups)]
         try:
-            for name, parameter in self._trainable.items():
-                found = directions.get(name)
-                parameter.grad = None if found is None else found.to(parameter.dtype)
+            for parameter, _ in before:
+                parameter.grad = None
+            for name, found in directions.items():
+                self._trainable[name].grad = found.to(self._trainable[name].dtype)
             self.optimizer.step()
         except BaseException:
-            for name, parameter in self._trainable.items():
-                parameter.grad = before[name]
+            for parameter, gradient in before:
+                parameter.grad = gradient
             raise
         # Schedulers attached to the trainer ask whether it has stepped, which tell() does without step().
         self._opt_called = True
@@ -319,18 +368,22 @@ class Trainer(torch.optim.Optimizer):
     def _copy_of_parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}
 
-    def _start_over(self) -> None:
+    def _train(self, trainable: dict[str, nn.Parameter]) -> None:
+        """Trains these parameters from now on: some were added, frozen, or need a gradient again."""
+        if trainable.keys() == self._trainable.keys():
+            return
+        self._trainable = trainable
+        now = self._copy_of_parameters()
+        self._initial_parameters = {**now, **self._initial_parameters}
+        if self._best_state is not None:
+            self._best_state = {**now, **self._best_state}
+        self._parameters_changed()
+
+    def _abandon(self) -> None:
+        """Leaves the open generation, if any, unfinished."""
         if self._population is not None:
             self._population.close()
         self._population = None
-        self._best_state = None
-        self.generation = 0
-        self.best_fitness = -math.inf
-        self.fitness_history = []
-
-    def _refuse_open_generation(self, what: str) -> None:
-        if self._population is not None:
-            raise RuntimeError(f"{what} between two generations only: finish the open one with tell(), or reset()")
 
     def _check_group_options(self, groups: Iterable[dict[str, Any]]) -> None:
         known = {"params", "param_names", "initial_lr", *self.optimizer.defaults}
@@ -340,8 +393,29 @@ class Trainer(torch.optim.Optimizer):
                     f"`params` groups may have the options {sorted(known - {'param_names', 'initial_lr'})}, "
                     f"got {sorted(unknown)}"
                 )
-            if isinstance(group["lr"], bool) or not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-                raise ValueError(f"`lr` must be a non-negative finite number, got {group['lr']!r}")
+            _check_lr(group["lr"])
+
+
+def _as_groups(params: Any) -> list[Any]:
+    if isinstance(params, Tensor | dict | str) or not isinstance(params, Iterable):
+        raise TypeError(
+            "`params` must be parameters, such as model.parameters(), or a list of parameter groups, "
+            f"got {type(params).__name__}"
+        )
+    groups = [dict(group) if isinstance(group, dict) else group for group in params]
+    if not groups:
+        raise ValueError("`params` must hold at least one trainable parameter, got none")
+    for group in groups:
+        if isinstance(group, dict) and "params" not in group:
+            raise ValueError(f"`params` groups must have the key 'params', got {sorted(group)}")
+    return groups
+
+
+def _check_lr(lr: Any) -> None:
+    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor):
+        raise TypeError(f"`lr` must be a non-negative finite number, got {lr!r}")
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"`lr` must be a non-negative finite number, got {lr!r}")
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

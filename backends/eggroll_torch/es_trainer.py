@@ -11,9 +11,14 @@ from eggroll.config import as_positive_float
 from . import threefry
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
 from .fitness import Nonfinite
-from .population import MemberWeights
+from .perturbed import Policy
+from .population import MemberWeights, Randomness
+from .swap import seeded
 
 __all__ = ["ESTrainer", "VanillaESTrainer"]
+
+# What is folded into the key of a generation to seed the sampling: the index of no member.
+_PERTURBATIONS = -1
 
 
 class ESTrainer(Trainer):
@@ -58,6 +63,7 @@ class ESTrainer(Trainer):
         optimizer: OptimizerFactory = torch.optim.SGD,
         chunk_size: int | None = None,
         nonfinite: Nonfinite = "raise",
+        randomness: Randomness = "different",
     ):
         self._sigma = as_positive_float("sigma", sigma)
         super().__init__(
@@ -72,6 +78,7 @@ class ESTrainer(Trainer):
             seed,
             chunk_size,
             nonfinite,
+            randomness,
         )
 
     def sample_perturbations(self, population_size: int) -> Tensor:
@@ -102,9 +109,8 @@ class ESTrainer(Trainer):
         return torch.cat([parameter.detach().flatten() for parameter in self._trainable.values()])
 
     def _member_weights(self) -> MemberWeights:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._generation_seed())
+        key = self._randomness_key()
+        with torch.no_grad(), seeded(key, _PERTURBATIONS):
             perturbations = self.sample_perturbations(self.population_size)
         expected = (self.population_size, sum(p.numel() for p in self._trainable.values()))
         if not isinstance(perturbations, Tensor) or tuple(perturbations.shape) != expected:
@@ -112,7 +118,7 @@ class ESTrainer(Trainer):
             raise ValueError(
                 f"`sample_perturbations` must return a tensor of shape {expected}, got the shape {shape}"
             )
-        return _FlatWeights(self._trainable, perturbations, self._sigma)
+        return _FlatWeights(self._trainable, perturbations, self._sigma, key)
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
@@ -127,14 +133,6 @@ class ESTrainer(Trainer):
         if not torch.isfinite(update).all():
             raise ValueError("`compute_update` must return finite values, got NaN or infinity")
         return weights.unflatten(-update)
-
-    def _generation_seed(self) -> int:
-        key = threefry.fold_in(self._base_key.to(torch.int32), torch.tensor(self.generation, dtype=torch.int32))
-        high, low = (int(word) & 0xFFFFFFFF for word in key.tolist())
-        return (high << 31) ^ low  # torch.manual_seed takes signed 64-bit numbers
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        return {**super()._hyperparameters(), "sigma": self._sigma}
 
 
 class VanillaESTrainer(ESTrainer):
@@ -167,7 +165,12 @@ class _FlatWeights:
 
     members_per_draw = 1
 
-    def __init__(self, parameters: dict[str, nn.Parameter], perturbations: Tensor, sigma: float):
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], perturbations: Tensor, sigma: float, randomness_key: Tensor
+    ):
+        self.policy = Policy()
+        self.device = perturbations.device
+        self.randomness_key = randomness_key
         self._parameters = parameters
         self.perturbations = perturbations
         self._sigma = sigma
@@ -178,12 +181,12 @@ class _FlatWeights:
     def batched(self, members: range) -> dict[str, Tensor]:
         return self._perturbed(self.perturbations[members.start : members.stop])
 
-    def bind(self, members: range, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    def bind(self, members: range, index: Tensor, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         return mine
 
     @torch.no_grad()
-    def materialise(self, member: int) -> dict[str, Tensor]:
-        return self._perturbed(self.perturbations[member])
+    def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        return self._perturbed(self.perturbations[member], dtype)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector, or several along leading axes, as tensors of the parameters' shapes."""
@@ -193,9 +196,9 @@ class _FlatWeights:
             for (name, parameter), part in zip(self._parameters.items(), parts, strict=True)
         }
 
-    def _perturbed(self, perturbations: Tensor) -> dict[str, Tensor]:
+    def _perturbed(self, perturbations: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         return {
-            name: (parameter.detach() + self._sigma * part).to(parameter.dtype)
+            name: (parameter.detach() + self._sigma * part).to(dtype or parameter.dtype)
             for (name, part), parameter in zip(
                 self.unflatten(perturbations).items(), self._parameters.values(), strict=True
             )

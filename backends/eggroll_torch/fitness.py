@@ -51,6 +51,8 @@ def member_fitness(fitness_fn: Callable[[nn.Module], Any], model: nn.Module) -> 
     """What `fitness_fn` says of a model, as a float."""
     value = fitness_fn(model)
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         shape = getattr(value, "shape", None)
@@ -60,12 +62,14 @@ def member_fitness(fitness_fn: Callable[[nn.Module], Any], model: nn.Module) -> 
 
 def shaped_weights(fitness: Tensor, config: EggrollConfig) -> Tensor:
     """The weight of each member, float32: shaped in float64, so that backends and chunkings agree."""
-    weights = shape_fitness(fitness, config)
+    # A copy: a callable may work in place.
+    weights = shape_fitness(fitness.clone(), config)
     if not isinstance(weights, Tensor):
         raise TypeError(f"`fitness_shaping` must return a tensor, got {type(weights).__name__}")
+    weights = weights.to(torch.float32)
     if not torch.isfinite(weights).all():
-        raise ValueError("`fitness_shaping` must return finite weights, got NaN or infinity")
-    return weights.to(torch.float32)
+        raise ValueError("`fitness_shaping` must return weights that are finite in float32, got NaN or infinity")
+    return weights
 
 
 def _as_float64(fitness: Any, members: int) -> Tensor:

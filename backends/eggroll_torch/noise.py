@@ -74,9 +74,9 @@ class NoiseSource:
         self.parameters = tuple(parameters)
         self.config = config
         self.generation = generation
-        self._device = parameters[0].parameter.device
-        self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(self._device)
-        self._layout = _RowLayout(self.parameters, self._device)
+        self.device = parameters[0].parameter.device
+        self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(self.device)
+        self._layout = _RowLayout(self.parameters, self.device)
         self._last: ChunkNoise | None = None
 
     @property
@@ -90,7 +90,7 @@ class NoiseSource:
         if self._last is not None and self._last.members == members:
             return self._last
         self._last = None  # drop the old chunk before the new one is drawn
-        index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self._device)
+        index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self.device)
         draws, signs = perturbation.draws_and_signs(index, self.config)
         rows = threefry.fold_in(self._generation_keys, draws[:: self.members_per_draw, None])
         self._last = ChunkNoise(members, signs, self._layout.draw(rows))
@@ -103,7 +103,7 @@ class NoiseSource:
         start = member - member % self.members_per_draw
         return self.chunk(range(start, start + self.members_per_draw))
 
-    def dense_scale(self) -> float:
+    def dense_scale(self, parameter: ParameterNoise) -> float:
         """What dense noise is multiplied with, apart from the sign."""
         return self.config.sigma
 
@@ -124,12 +124,14 @@ class NoiseSource:
         assert isinstance(noise, Tensor)
         weight = parameter.parameter.detach()
         per_draw = noise.shape[0]
-        signs = (chunk.signs * self.dense_scale()).view(per_draw, -1, *(1,) * weight.ndim)
+        signs = (chunk.signs * self.dense_scale(parameter)).view(per_draw, -1, *(1,) * weight.ndim)
         perturbed = weight + (signs * noise.unsqueeze(1)).to(weight.dtype)
         return perturbed.flatten(0, 1)
 
-    def member_weight(self, parameter: ParameterNoise, chunk: ChunkNoise, index: int) -> Tensor:
-        """A parameter as one member of the chunk sees it, in a tensor of its own, in the parameter's dtype."""
+    def member_weight(
+        self, parameter: ParameterNoise, chunk: ChunkNoise, index: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A parameter as one member of the chunk sees it, in a tensor of its own, in `dtype` or the parameter's own."""
         noise = chunk.noise[parameter.name]
         weight = parameter.parameter.detach()
         sign = float(chunk.signs[index])
@@ -137,10 +139,10 @@ class NoiseSource:
         # Sum in float32 at least and round once: a narrow dtype would lose most of a small sigma.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if isinstance(noise, Tensor):
-            return (wide + (sign * self.dense_scale()) * noise[draw].to(wide.dtype)).to(weight.dtype)
-        A, B = noise.A[draw].to(wide.dtype), noise.B[draw].to(wide.dtype)
-        delta = (A @ B.mT).view(weight.shape)
-        return wide.add(delta, alpha=sign * self.low_rank_scale(parameter)).to(weight.dtype)
+            delta, scale = noise[draw], self.dense_scale(parameter)
+        else:
+            delta, scale = noise.A[draw] @ noise.B[draw].mT, self.low_rank_scale(parameter)
+        return wide.add(delta.view(weight.shape), alpha=sign * scale).to(dtype or weight.dtype)
 
 
 class _RowLayout:

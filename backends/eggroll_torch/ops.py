@@ -10,7 +10,9 @@ Each is a `torch.library` operation, so a compiler sees through it and a kernel 
 import torch
 from torch import Tensor
 
-__all__ = ["perturbed_embedding", "perturbed_linear"]
+from . import threefry
+
+__all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
 # Rows of a block times features times bytes: about half of a core's second-level cache.
 _BLOCK_BYTES = 1 << 20
@@ -66,6 +68,42 @@ def _(info, in_dims, x, weight, bias, A, B, member, signs, scale):
     return out.view(out.shape[0], *lead, weight.shape[0]), 0
 
 
+@torch.library.custom_op("eggroll::perturbed_stacked_linear", mutates_args=())
+def perturbed_stacked_linear(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
+) -> Tensor:
+    """``x[e] @ W_i[e].T`` for each matrix ``e`` of a stack, for one member ``i``; see `perturbed_linear`.
+
+    Args:
+        x: shape ``(stack, rows, in)``.
+        weight: shape ``(stack, out, in)``.
+        A: shape ``(draws, stack, out, rank)``.
+        B: shape ``(draws, stack, in, rank)``.
+
+    Returns:
+        Shape ``(stack, rows, out)``.
+    """
+    A, B, sign = _one_member(A, B, member, signs)
+    return _stacked_linear_of_members(x.unsqueeze(0), weight, A, B, sign, scale).squeeze(0)
+
+
+@perturbed_stacked_linear.register_fake
+def _(x, weight, A, B, member, signs, scale):
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[1])
+
+
+@perturbed_stacked_linear.register_vmap
+def _(info, in_dims, x, weight, A, B, member, signs, scale):
+    x_dim, member_dim = in_dims[0], in_dims[4]
+    x = _batch_first(x, x_dim) if x_dim is not None else x.expand(info.batch_size, *x.shape)
+    if member_dim is None:
+        # A vmap inside the model: the same member, more rows.
+        rows = x.transpose(0, 1).flatten(1, 2)
+        out = perturbed_stacked_linear(rows, weight, A, B, member, signs, scale)
+        return out.unflatten(1, (x.shape[0], x.shape[2])), 1
+    return _stacked_linear_of_members(x, weight, A, B, signs, scale), 0
+
+
 @torch.library.custom_op("eggroll::perturbed_embedding", mutates_args=())
 def perturbed_embedding(
     index: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
@@ -99,6 +137,68 @@ def _(info, in_dims, index, weight, A, B, member, signs, scale):
     flat = index.reshape(1, -1).expand(signs.shape[0], -1) if index_dim is None else index.flatten(1)
     out = _embedding_of_members(flat, weight, A, B, signs, scale)
     return out.view(out.shape[0], *lead, weight.shape[1]), 0
+
+
+@torch.library.custom_op("eggroll::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` without dropout; members become rows of its batch."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+    ).contiguous()
+
+
+@attention.register_fake
+def _(q, k, v, mask, is_causal, scale, enable_gqa):
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@attention.register_vmap
+def _(info, in_dims, q, k, v, mask, is_causal, scale, enable_gqa):
+    members = info.batch_size
+    q, k, v = (
+        x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((q, k, v), in_dims[:3], strict=True)
+    )
+    lead = q.shape[1:-3] if q.ndim > 4 else q.shape[1:-2]
+    keep = q.shape[-3:] if q.ndim > 4 else q.shape[-2:]
+    if mask is not None:
+        mask = _mask_of_members(mask, in_dims[3], members, q.ndim - 1, lead)
+    q, k, v = (x.flatten(0, len(lead)) for x in (q, k, v))
+    out = attention(q, k, v, mask, is_causal, scale, enable_gqa)
+    return out.view(members, *lead, *keep[:-1], v.shape[-1]), 0
+
+
+def _mask_of_members(mask: Tensor, dim: int | None, members: int, ndim: int, lead: torch.Size) -> Tensor:
+    """A mask for queries whose axes `lead` were folded into one with that of the members."""
+    if dim is None and mask.ndim <= ndim - len(lead):
+        return mask
+    mask = mask.expand(members, *mask.shape) if dim is None else mask.movedim(dim, 0)
+    mask = mask.reshape(members, *(1,) * (ndim + 1 - mask.ndim), *mask.shape[1:])
+    return mask.expand(members, *lead, *mask.shape[1 + len(lead) :]).flatten(0, len(lead))
+
+
+@torch.library.custom_op("eggroll::member_uniform", mutates_args=())
+def member_uniform(key: Tensor, member: Tensor, shape: list[int]) -> Tensor:
+    """Uniform numbers on [0, 1) from ``fold_in(key, member)``, float32.
+
+    Args:
+        key: int32, shape ``(2,)``.
+        member: int64, shape ``()``.
+        shape: of the result.
+    """
+    return threefry.draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape)
+
+
+@member_uniform.register_fake
+def _(key, member, shape):
+    return key.new_empty(shape, dtype=torch.float32)
+
+
+@member_uniform.register_vmap
+def _(info, in_dims, key, member, shape):
+    return threefry.draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape), 0
 
 
 def _linear_of_members(
@@ -141,6 +241,27 @@ def _linear_of_members(
         if own_bias is not None:
             block.add_(own_bias[draw * copies : (draw + step) * copies].unsqueeze(1))
     return out
+
+
+def _stacked_linear_of_members(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, signs: Tensor, scale: float
+) -> Tensor:
+    """`perturbed_stacked_linear` for all members of a chunk: `x` of shape ``(members, stack, rows, in)``."""
+    members, stack, rows, in_features = x.shape
+    draws, _, out_features, rank = A.shape
+    copies = members // draws
+    by_matrix = x.transpose(0, 1).reshape(stack, members * rows, in_features)
+    out = torch.bmm(by_matrix, weight.mT)  # (stack, members * rows, out)
+    by_draw = by_matrix.reshape(stack * draws, copies * rows, in_features)
+    projected = torch.bmm(by_draw, B.transpose(0, 1).reshape(-1, in_features, rank))
+    signs = (signs * scale).to(x.dtype).view(1, draws, copies, 1, 1)
+    projected = (projected.view(stack, draws, copies, rows, rank) * signs).view(stack * draws, copies * rows, rank)
+    _add_outer_(
+        out.view(stack * draws, copies * rows, out_features),
+        projected,
+        A.transpose(0, 1).reshape(-1, out_features, rank),
+    )
+    return out.view(stack, members, rows, out_features).transpose(0, 1).contiguous()
 
 
 def _embedding_of_members(index: Tensor, weight: Tensor, A: Tensor, B: Tensor, signs: Tensor, scale: float) -> Tensor:

@@ -44,6 +44,12 @@ class ParameterNoise:
     precision: prng.Precision
 
     @property
+    def kernel(self) -> tuple[int, ...] | None:
+        """The shape of a convolution's kernel, whose matrix has another one; None for other parameters."""
+        shape = tuple(self.parameter.shape)
+        return None if self.kind == "dense" or shape == (*self.stack, *self.layer) else shape
+
+    @property
     def draw_shape(self) -> tuple[int, ...]:
         """The shape of one layer's draw: ``(in + out, rank)`` for low rank, else the layer itself."""
         return (sum(self.layer), self.rank) if self.kind == "low_rank" else self.layer

@@ -1,27 +1,30 @@
 """A perturbed weight: a tensor that ordinary model code consumes without knowing.
 
 `PerturbedWeight` looks like the parameter it was made from. `torch.nn.functional.linear`, `@`, `embedding` and so on
-find a rule here that applies the low-rank term without forming ``W_i``; transposing, slicing and splitting give
-another perturbed weight. What has no rule is materialised for the members of the current chunk, with one warning,
-or refused in strict mode.
+find a rule (see `eggroll_torch.rules`) that applies the low-rank term without forming ``W_i``; transposing, slicing
+and splitting give another perturbed weight. What has no rule is materialised for the members of the current chunk,
+with one warning, or refused in strict mode.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from . import ops
-
-__all__ = ["MaterialisedWarning", "PerturbedWeight", "Policy"]
+__all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError"]
 
 
 class MaterialisedWarning(UserWarning):
-    """An operation has no low-rank rule: the weight was formed for every member of the chunk."""
+    """Slower or larger than it could be: a weight was formed for every member, or members ran one by one."""
+
+
+class UnsupportedOperationError(NotImplementedError):
+    """The operation cannot be done for a population, or `strict` forbids the way in which it could be."""
 
 
 @dataclass
@@ -29,33 +32,50 @@ class Policy:
     """What to do about operations without a rule, and what was seen of the parameters.
 
     Attributes:
-        strict: raise instead of materialising.
-        warned: (operation, parameter) pairs that were warned about.
+        strict: raise instead of materialising or running members one by one.
+        warned: what was warned about.
         used: names of the parameters that took part in a computation.
+        one_by_one: the model cannot be vectorised over members.
     """
 
     strict: bool = False
-    warned: set[tuple[str, str]] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    one_by_one: bool = False
 
-    def materialise(self, operation: str, parameter: str) -> None:
-        message = f"no low-rank rule for {operation} on parameter {parameter!r}"
-        if self.strict:
-            raise NotImplementedError(f"{message}, and strict=True forbids to materialise the weight of every member")
-        if (operation, parameter) not in self.warned:
-            self.warned.add((operation, parameter))
-            warnings.warn(
-                f"{message}: the weight is materialised for every member of a chunk",
-                MaterialisedWarning,
-                stacklevel=6,
+    def run(self, vectorised: Callable[[], Any], one_by_one: Callable[[], Any]) -> Any:
+        """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once."""
+        if self.one_by_one:
+            return one_by_one()
+        try:
+            return vectorised()
+        except UnsupportedOperationError:
+            raise
+        except RuntimeError as error:
+            # Not every error means that vmap is at fault: if members fail one by one too, theirs is the true one.
+            result = one_by_one()
+            self.fall_back(
+                f"the model cannot be vectorised over members ({str(error).splitlines()[0]})",
+                "members run one by one",
             )
+            self.one_by_one = True
+            return result
+
+    def fall_back(self, problem: str, remedy: str) -> None:
+        """Warns once that `remedy` is taken because of `problem`, or raises in strict mode."""
+        if self.strict:
+            raise UnsupportedOperationError(f"{problem}; strict=True forbids the way around: {remedy}")
+        if problem not in self.warned:
+            self.warned.add(problem)
+            warnings.warn(f"{problem}: {remedy}", MaterialisedWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
 class Noise:
     """The low-rank noise that a perturbed weight carries.
 
-    A weight of shape ``(*stack, rows, columns)`` is ``W + signs[member] * scale * A[d] @ B[d].T``.
+    A weight of shape ``(*stack, rows, columns)`` is ``W + signs[member] * scale * A[d] @ B[d].T``, where ``d`` is
+    the member's draw, ``member // (members / draws)``.
 
     Attributes:
         A: shape ``(draws, *stack, rows, rank)``.
@@ -65,6 +85,8 @@ class Noise:
         scale: ``sigma / sqrt(rank)``.
         name: of the parameter.
         policy: shared by all weights of a population.
+        kernel: for the weight of a convolution, its shape; `A` and `B` then belong to the matrix
+            ``(kernel[0], prod(kernel[1:]))``.
     """
 
     A: Tensor
@@ -74,12 +96,19 @@ class Noise:
     scale: float
     name: str
     policy: Policy
+    kernel: tuple[int, ...] | None = None
 
     def of_member(self) -> tuple[Tensor, Tensor]:
-        """The member's own ``signs * scale * A``, shape ``(*stack, rows, rank)``, and ``B``."""
+        """The member's ``signs * scale * A``, ``(*stack, rows, rank)``, and ``B``, ``(*stack, columns, rank)``."""
+        self.policy.used.add(self.name)
         draw = self.member // (self.signs.shape[0] // self.A.shape[0])
-        coefficient = self.signs[self.member] * self.scale
-        return (self.A[draw] * coefficient).to(self.A.dtype), self.B[draw]
+        coefficient = (self.signs[self.member] * self.scale).to(self.A.dtype)
+        return self.A[draw] * coefficient, self.B[draw]
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """What the operations of `eggroll_torch.ops` take after the weight."""
+        self.policy.used.add(self.name)
+        return self.A, self.B, self.member, self.signs, self.scale
 
 
 class PerturbedWeight(torch.Tensor):
@@ -96,6 +125,11 @@ class PerturbedWeight(torch.Tensor):
         perturbed.noise = noise
         return perturbed
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is one matrix: no stack of them, no convolution kernel."""
+        return self.ndim == 2 and self.noise.kernel is None
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -107,42 +141,56 @@ class PerturbedWeight(torch.Tensor):
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return _materialising(func, args, kwargs)
+        return _with_weights_formed(func, args, kwargs)
+
+
+class DenseWeight(torch.Tensor):
+    """A parameter with dense noise, as one member sees it: an ordinary tensor that notes its use."""
+
+    use: Callable[[], None]
+    """Notes that the parameter took part in a computation."""
+
+    @staticmethod
+    def make(weight: Tensor, name: str, policy: Policy) -> "DenseWeight":
+        dense = weight.as_subclass(DenseWeight)
+        dense.use = functools.partial(policy.used.add, name)
+        return dense
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+
+        def noted(value: Any) -> Any:
+            if isinstance(value, DenseWeight):
+                value.use()
+                return plain(value)
+            return value
+
+        args, kwargs = pytree.tree_map(noted, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def plain(weight: Tensor) -> Tensor:
-    """The unperturbed tensor under a perturbed weight."""
+    """The ordinary tensor under a weight: for a perturbed one, the unperturbed values."""
     with torch._C.DisableTorchFunctionSubclass():
         return weight.as_subclass(torch.Tensor)
 
 
 def materialise(weight: PerturbedWeight) -> Tensor:
     """The member's weight, formed."""
-    weight.noise.policy.used.add(weight.noise.name)
     A, B = weight.noise.of_member()
-    return plain(weight) + A @ B.mT
+    base = plain(weight)
+    return base + (A @ B.mT).reshape(base.shape)
 
 
-def _materialising(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    operation = getattr(func, "__name__", str(func))
+def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what a function does with perturbed weights among its arguments.
 
-    def dense(value: Any) -> Any:
-        if isinstance(value, PerturbedWeight):
-            value.noise.policy.materialise(operation, value.noise.name)
-            return materialise(value)
-        return value
-
-    args, kwargs = torch.utils._pytree.tree_map(dense, (args, kwargs))
-    return func(*args, **kwargs)
-
-
-# --- rules ---------------------------------------------------------------------------------------------------------
-
-_RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a rule for functions. A rule returns NotImplemented for arguments that it does not cover."""
+    A rule returns NotImplemented for arguments that it does not cover; the weights are then materialised.
+    """
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         for function in functions:
@@ -152,102 +200,25 @@ def _rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
     return register
 
 
-def _linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
-    noise = weight.noise
-    noise.policy.used.add(noise.name)
-    W = plain(weight)
-    return ops.perturbed_linear(x, W, bias, noise.A, noise.B, noise.member, noise.signs, noise.scale)
+_RULES: dict[Any, Callable[..., Any]] = {}
 
 
-@_rule(F.linear)
-def _functional_linear(input, weight, bias=None):
-    if isinstance(input, PerturbedWeight) or isinstance(bias, PerturbedWeight) or weight.ndim != 2:
-        return NotImplemented
-    return _linear(input, weight, bias)
+def _with_weights_formed(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    operation = getattr(func, "__name__", str(func))
+    if operation == "__get__":
+        operation = f"the attribute {func!r}"
 
+    def formed(value: Any) -> Any:
+        if isinstance(value, PerturbedWeight):
+            value.noise.policy.fall_back(
+                f"no low-rank rule for {operation} on parameter {value.noise.name!r}",
+                "the weight is materialised for every member of a chunk",
+            )
+            return materialise(value)
+        return value
 
-@_rule(torch.addmm, torch.Tensor.addmm)
-def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
-    if isinstance(input, PerturbedWeight) or isinstance(mat1, PerturbedWeight) or out is not None:
-        return NotImplemented
-    product = _matmul(mat1, mat2)
-    return product if product is NotImplemented else torch.add(input * beta, product, alpha=alpha)
-
-
-@_rule(
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.mm,
-    torch.Tensor.mm,
-    torch.mv,
-    torch.Tensor.mv,
-)
-def _matmul(input, other):
-    if isinstance(input, PerturbedWeight) == isinstance(other, PerturbedWeight):
-        return NotImplemented
-    if isinstance(other, PerturbedWeight):
-        return _linear(input, transposed(other)) if other.ndim == 2 else NotImplemented
-    if input.ndim != 2:
-        return NotImplemented
-    return _linear(other, input) if other.ndim == 1 else _linear(other.mT, input).mT
-
-
-@_rule(torch.Tensor.__rmatmul__)
-def _rmatmul(right, left):
-    return _matmul(left, right)
-
-
-@_rule(F.embedding)
-def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    if max_norm is not None:
-        raise NotImplementedError(
-            f"parameter {weight.noise.name!r}: an embedding with max_norm renormalises its weight in place, "
-            "which a member cannot do to the weight that all members share"
-        )
-    if isinstance(input, PerturbedWeight) or weight.ndim != 2:
-        return NotImplemented
-    return _rows(weight, input)
-
-
-def _rows(weight: PerturbedWeight, index: Tensor) -> Tensor:
-    noise = weight.noise
-    noise.policy.used.add(noise.name)
-    return ops.perturbed_embedding(index, plain(weight), noise.A, noise.B, noise.member, noise.signs, noise.scale)
-
-
-# Views of a matrix, or of a stack of them, that are perturbed weights themselves.
-
-
-def transposed(weight: PerturbedWeight) -> PerturbedWeight:
-    """The matrix transposed: rows and columns, hence ``A`` and ``B``, change places."""
-    noise = weight.noise
-    return PerturbedWeight.make(plain(weight).mT, replace(noise, A=noise.B, B=noise.A))
-
-
-@_rule(
-    torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.t, torch.Tensor.t, torch.Tensor.H.__get__, torch.adjoint
-)
-def _t(input):
-    return transposed(input) if input.ndim == 2 else NotImplemented
-
-
-@_rule(torch.transpose, torch.Tensor.transpose, torch.swapaxes, torch.Tensor.swapaxes)
-def _transpose(input, dim0, dim1):
-    dims = {dim % input.ndim for dim in (dim0, dim1)}
-    return transposed(input) if dims == {input.ndim - 2, input.ndim - 1} else NotImplemented
-
-
-@_rule(torch.Tensor.__getitem__)
-def _getitem(input, index):
-    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and input.ndim == 2:
-        return _rows(input, index)
-    return NotImplemented
-
-
-@_rule(torch.Tensor.detach, torch.detach, torch.Tensor.contiguous)
-def _same(input):
-    return input
+    args, kwargs = pytree.tree_map(formed, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 # What asks about the tensor, not about its values.

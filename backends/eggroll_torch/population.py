@@ -2,16 +2,20 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .swap import swapped
+from .member_mode import MemberMode
+from .perturbed import Policy
+from .swap import seeded, swapped
 
-__all__ = ["MemberWeights", "Population"]
+__all__ = ["MemberWeights", "Population", "Randomness"]
+
+Randomness = Literal["different", "same"]
 
 
 class MemberWeights(Protocol):
@@ -19,18 +23,24 @@ class MemberWeights(Protocol):
 
     members_per_draw: int
     """A chunk of members starts at, and holds, whole multiples of this."""
+    device: torch.device
+    """Where the parameters are."""
+    randomness_key: Tensor
+    """int32, shape ``(2,)``: the key of the generation's randomness apart from the noise, such as dropout."""
+    policy: Policy
+    """What to do where the model cannot be vectorised as it is."""
 
     def prepare(self, members: range) -> None:
         """Draws what `materialise` needs for these members, all at once."""
 
-    def batched(self, members: range) -> dict[str, Tensor]:
+    def batched(self, members: range) -> dict[str, Any]:
         """What differs between members of a chunk, with a leading axis over them; handed to `bind` one by one."""
 
-    def bind(self, members: range, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters by name for one member of a chunk, given its slices of `batched`."""
+    def bind(self, members: range, index: Tensor, mine: dict[str, Any]) -> dict[str, Tensor]:
+        """Parameters by name for member `index` of a chunk, given its slices of `batched` or all of `materialise`."""
 
-    def materialise(self, member: int) -> dict[str, Tensor]:
-        """Parameters by name for one member, each in a tensor of its own."""
+    def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Parameters by name for one member, each in a tensor of its own, in `dtype` or their own dtypes."""
 
 
 class Population:
@@ -41,6 +51,7 @@ class Population:
         weights: the members' weights.
         members: which members.
         chunk_size: members that run at a time.
+        randomness: ``"different"`` for each member, such as its dropout, or the ``"same"`` in all.
 
     Example:
         >>> import torch
@@ -54,11 +65,19 @@ class Population:
         torch.Size([8, 5, 2])
     """
 
-    def __init__(self, model: nn.Module, weights: MemberWeights, members: range, chunk_size: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: MemberWeights,
+        members: range,
+        chunk_size: int | None = None,
+        randomness: Randomness = "different",
+    ):
         self._model = model
         self._open_weights: MemberWeights | None = weights
         self._members = members
         self._chunk_size = chunk_size or len(members)
+        self._randomness = randomness
 
     def __len__(self) -> int:
         return len(self._members)
@@ -115,12 +134,16 @@ class Population:
         ``torch.cat([score(part(x)) for part in population.chunks()])``.
         """
         for members in chunk_ranges(self._members, size or self._chunk_size, self.weights.members_per_draw):
-            yield Population(self._model, self.weights, members, self._chunk_size)
+            yield Population(self._model, self.weights, members, self._chunk_size, self._randomness)
 
-    def state_dict(self, index: int) -> dict[str, Tensor]:
-        """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own."""
+    def state_dict(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own.
+
+        Args:
+            dtype: of the trained parameters, by default their own. float32 keeps what a narrow dtype rounds away.
+        """
         state = self._model.state_dict()
-        member = self.weights.materialise(self._member(index))
+        member = self.weights.materialise(self._member(index), dtype)
         return {name: _tied(self._model, member, name, tensor) for name, tensor in state.items()}
 
     @contextlib.contextmanager
@@ -181,18 +204,35 @@ class Population:
     ) -> "_Outputs":
         outputs = _Outputs()
         caller = _Caller(self._model, method)
+        weights = self.weights
+        index = torch.arange(members.start, members.stop, device=weights.device)
+        buffers = {f"model.{name}": buffer for name, buffer in self._model.named_buffers()}
 
-        def run_member(mine: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        def run_member(index: Tensor, mine: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
             values = list(leaves)
             for place, tensor in zip(places, inputs, strict=True):
                 values[place] = tensor
             args, kwargs = pytree.tree_unflatten(values, structure)
-            parameters = {f"model.{name}": value for name, value in self.weights.bind(members, mine).items()}
-            return outputs.take_apart(functional_call(caller, parameters, args, kwargs))
+            bound = {f"model.{name}": value for name, value in weights.bind(members, index, mine).items()}
+            # Members write to copies of the buffers: nothing of one chunk reaches the next, or the model.
+            bound |= {name: buffer.clone() for name, buffer in buffers.items()}
+            with MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, weights.randomness_key):
+                return outputs.take_apart(functional_call(caller, bound, args, kwargs))
 
-        batched = self.weights.batched(members)
-        in_dims = (0, 0 if per_member else None)
-        outputs.tensors = torch.vmap(run_member, in_dims, randomness="different")(batched, tensors)
+        def run_vectorised() -> list[Tensor]:
+            in_dims = (0, 0, 0 if per_member else None)
+            run = torch.vmap(run_member, in_dims, randomness=self._randomness)
+            return run(index, weights.batched(members), tensors)
+
+        def run_one_by_one() -> list[Tensor]:
+            rows = [
+                run_member(index[i], weights.materialise(member), [t[i] for t in tensors] if per_member else tensors)
+                for i, member in enumerate(members)
+            ]
+            return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+        with seeded(weights.randomness_key, members.start):
+            outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
         return outputs
 
     def _check_axis(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Other values for a model's parameters, for a while, with a way back that nothing can block."""
+"""Other values for a model's parameters, or for PyTorch's generators, for a while, with a sure way back."""
 
 import contextlib
 import signal
@@ -9,37 +9,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["swapped", "uninterrupted"]
+from . import threefry
+
+__all__ = ["restored", "seeded", "swapped", "uninterrupted"]
 
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other values for some parameters; its own storage is never written to.
+    """The model with other values for some parameters, and with copies of its frozen parameters and buffers.
 
-    On the way out every parameter points to its own storage again and every buffer holds its old values, also when
-    the body raises or is interrupted.
+    The model's own storage is never written to: the body may change all weights and buffers in place.
     """
-    own = {name: parameter for name, parameter in model.named_parameters() if name in parameters}
-    storage = {name: parameter.data for name, parameter in own.items()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with restored(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.data = parameters[name] if name in parameters else parameter.data.clone()
+                parameter.grad = None
+            for buffer in model.buffers():
+                buffer.data = buffer.data.clone()
+        yield
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """On the way out every parameter and buffer is in its place again and points to its own storage and gradient.
+
+    Also when the body raises, is interrupted, or put other tensors in their place.
+    """
+    tables = [(table, dict(table)) for module in model.modules() for table in (module._parameters, module._buffers)]
+    parameters = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.data) for buffer in model.buffers()]
 
     def restore() -> None:
-        for name, parameter in own.items():
-            parameter.data = storage[name]
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
+        for parameter, storage, gradient in parameters:
+            parameter.grad = None
+            parameter.data = storage
+            parameter.grad = gradient
+        for buffer, storage in buffers:
+            buffer.data = storage
 
     try:
-        for name, parameter in own.items():
-            parameter.data = parameters[name]
         yield
     finally:
         try:
             with uninterrupted():
                 restore()
-        except KeyboardInterrupt:
-            # It may have come before Ctrl-C was held back; restoring twice does no harm.
+        except BaseException:
+            # An interrupt may have come before it was held back; restoring twice does no harm.
             restore()
             raise
 
@@ -56,5 +75,20 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if pending and callable(previous):
-            previous(*pending[0])
+        if pending:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def seeded(key: Tensor, data: int) -> Iterator[None]:
+    """PyTorch's global generators, seeded from a key and a number, and put back afterwards.
+
+    Args:
+        key: int32, shape ``(2,)``.
+        data: folded into the key.
+    """
+    devices = [key.device] if key.device.type == "cuda" else []
+    words = threefry.fold_in(key, torch.tensor(data, dtype=torch.int32, device=key.device)).tolist()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((words[0] << 32) ^ (words[1] & 0xFFFFFFFF))
+        yield

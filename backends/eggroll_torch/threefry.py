@@ -5,12 +5,15 @@ elements that stay in the cache, and one call draws a whole row of different key
 member is one row, so a model of many small parameters costs no more than one large one.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from eggroll import prng
 
-__all__ = ["draw_normals", "fold_in"]
+__all__ = ["draw_normals", "draw_uniforms", "fold_in"]
 
 # Two int32 words and a scratch one of this many elements stay in the second-level cache of two cores.
 _BLOCK = 1 << 17
@@ -31,9 +34,7 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     return torch.stack([x0, x1], dim=-1)
 
 
-def draw_normals(
-    keys: Tensor, key_of: Tensor, counter: Tensor, precision: prng.Precision = "float32", out: Tensor | None = None
-) -> Tensor:
+def draw_normals(keys: Tensor, key_of: Tensor, counter: Tensor, precision: prng.Precision = "float32") -> Tensor:
     """Standard normal rows in which every element has its own key and counter.
 
     Args:
@@ -45,9 +46,29 @@ def draw_normals(
     Returns:
         float32, shape ``(rows, row_length)``.
     """
+    return _draw(keys, key_of, counter, lambda bits: _normal_(bits, precision))
+
+
+def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers on [0, 1), the upper 24 bits of each draw: float32, shape ``(*keys.shape[:-1], *shape)``.
+
+    Args:
+        keys: int32, shape ``(..., 2)``.
+    """
+    size = math.prod(shape)
+    rows = _draw(
+        keys.reshape(-1, 1, 2),
+        torch.zeros(size, dtype=torch.int64, device=keys.device),
+        torch.arange(size, dtype=torch.int32, device=keys.device),
+        lambda bits: bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24),
+    )
+    return rows.view(*keys.shape[:-1], *shape)
+
+
+def _draw(keys: Tensor, key_of: Tensor, counter: Tensor, floats: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows of float32 made, block by block, from the bits of every element's key and counter."""
     rows, length = keys.shape[0], key_of.shape[0]
-    if out is None:
-        out = torch.empty(rows, length, dtype=torch.float32, device=keys.device)
+    out = torch.empty(rows, length, dtype=torch.float32, device=keys.device)
     block = _BLOCK if keys.device.type == "cpu" else max(rows * length, 1)
     columns = min(length, block)
     block_rows = max(1, block // max(columns, 1))
@@ -58,7 +79,7 @@ def draw_normals(
             k0 = row_keys[..., 0].index_select(1, key_of[here])
             k1 = row_keys[..., 1].index_select(1, key_of[here])
             x0, x1 = _block(k0, k1, k1 + counter[here])
-            out[row : row + block_rows, here] = _normal_(x0.bitwise_xor_(x1), precision)
+            out[row : row + block_rows, here] = floats(x0.bitwise_xor_(x1))
     return out
 
 

@@ -16,7 +16,7 @@ from .fitness import Nonfinite, shaped_weights
 from .noise import NoiseSource
 from .parameters import describe_parameters, model_keys
 from .perturbed import Policy
-from .population import MemberWeights, chunk_ranges
+from .population import MemberWeights, Randomness, chunk_ranges
 from .weights import EggrollWeights
 
 __all__ = ["EGGROLLTrainer"]
@@ -60,8 +60,10 @@ class EGGROLLTrainer(Trainer):
         chunk_size: members that are evaluated at a time; all by default. Does not change the result.
         nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
             ``"worst"`` finite member.
-        strict: raise where an operation has no low-rank rule, instead of forming the weight of each member of a chunk
-            with a warning.
+        randomness: what is random in the model, such as dropout, is ``"different"`` for each member or the ``"same"``
+            in all; either way it follows from `seed`.
+        strict: raise where an operation has no low-rank rule or the model cannot be vectorised, instead of forming
+            the weight of each member of a chunk, or running members one by one, with a warning.
 
     Example:
         >>> import torch
@@ -102,6 +104,7 @@ class EGGROLLTrainer(Trainer):
         optimizer: OptimizerFactory = torch.optim.SGD,
         chunk_size: int | None = None,
         nonfinite: Nonfinite = "raise",
+        randomness: Randomness = "different",
         strict: bool = False,
     ):
         self.config = EggrollConfig(
@@ -129,6 +132,7 @@ class EGGROLLTrainer(Trainer):
             seed,
             chunk_size,
             nonfinite,
+            randomness,
         )
         self._parameters_changed()
 
@@ -153,7 +157,8 @@ class EGGROLLTrainer(Trainer):
         self._keys = model_keys(self.model, self._base_key)
 
     def _member_weights(self) -> EggrollWeights:
-        return EggrollWeights(NoiseSource(self._noise, self._keys, self.generation, self.config), self._policy)
+        source = NoiseSource(self._noise, self._keys, self.generation, self.config)
+        return EggrollWeights(source, self._policy, self._randomness_key())
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, EggrollWeights)
@@ -163,7 +168,8 @@ class EGGROLLTrainer(Trainer):
         return update.direction(source, shaped_weights(fitness, source.config), reversed(chunks))
 
     def _hyperparameters(self) -> dict[str, Any]:
-        values = asdict(self.config)
+        values = {**super()._hyperparameters(), **asdict(self.config)}
+        del values["sigma"]  # it may change from one generation to the next
         if callable(self.config.fitness_shaping):
             values["fitness_shaping"] = getattr(self.config.fitness_shaping, "__qualname__", "callable")
         return values

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from .noise import NoiseSource
-from .perturbed import Noise, PerturbedWeight, Policy
+from .perturbed import DenseWeight, Noise, PerturbedWeight, Policy
 
 __all__ = ["EggrollWeights"]
-
-_MEMBER = "member"
 
 
 class EggrollWeights:
@@ -19,11 +17,14 @@ class EggrollWeights:
     Args:
         source: the noise of the generation.
         policy: what to do about operations without a low-rank rule.
+        randomness_key: int32, shape ``(2,)``, the key of what is random in the model itself.
     """
 
-    def __init__(self, source: NoiseSource, policy: Policy):
+    def __init__(self, source: NoiseSource, policy: Policy, randomness_key: Tensor):
         self.source = source
         self.policy = policy
+        self.device = source.device
+        self.randomness_key = randomness_key.to(source.device)
         self.members_per_draw = source.members_per_draw
 
     def prepare(self, members: range) -> None:
@@ -31,29 +32,40 @@ class EggrollWeights:
 
     def batched(self, members: range) -> dict[str, Any]:
         chunk = self.source.chunk(members)
-        dense = {
+        return {
             parameter.name: self.source.dense(parameter, chunk)
             for parameter in self.source.parameters
             if parameter.kind == "dense"
         }
-        return {_MEMBER: torch.arange(len(members), device=chunk.signs.device), "dense": dense}
 
-    def bind(self, members: range, mine: dict[str, Any]) -> dict[str, Tensor]:
+    def bind(self, members: range, index: Tensor, mine: dict[str, Any]) -> dict[str, Tensor]:
+        bound: dict[str, Tensor] = {
+            name: DenseWeight.make(weight, name, self.policy) for name, weight in mine.items()
+        }
+        if len(bound) == len(self.source.parameters):  # one member, materialised
+            return bound
         chunk = self.source.chunk(members)
-        bound: dict[str, Tensor] = dict(mine["dense"])
         for parameter in self.source.parameters:
             if parameter.kind == "low_rank":
                 factors = self.source.factors(parameter, chunk)
                 noise = Noise(
-                    factors.A, factors.B, mine[_MEMBER], factors.signs, factors.scale, parameter.name, self.policy
+                    factors.A,
+                    factors.B,
+                    index - members.start,
+                    factors.signs,
+                    factors.scale,
+                    parameter.name,
+                    self.policy,
+                    parameter.kernel,
                 )
                 bound[parameter.name] = PerturbedWeight.make(parameter.parameter.detach(), noise)
         return bound
 
     @torch.no_grad()
-    def materialise(self, member: int) -> dict[str, Tensor]:
+    def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         chunk = self.source.chunk_with(member)
         index = member - chunk.members.start
         return {
-            parameter.name: self.source.member_weight(parameter, chunk, index) for parameter in self.source.parameters
+            parameter.name: self.source.member_weight(parameter, chunk, index, dtype)
+            for parameter in self.source.parameters
         }

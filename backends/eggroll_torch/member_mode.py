@@ -1,0 +1,160 @@
+"""Functions that a population has to answer differently from PyTorch, whatever their weights.
+
+Active while a model runs for the members of a chunk. Dropout draws each member's mask from its own key, so that it
+depends neither on the chunk nor on PyTorch's generators. Batch normalisation in training mode uses the statistics of
+the member's own batch and leaves the running ones alone. Attention and recurrent layers have no usable batching rule
+in PyTorch.
+"""
+
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import ops, threefry
+from .perturbed import DenseWeight, PerturbedWeight, plain
+
+__all__ = ["MemberMode", "attention", "dropout"]
+
+_current: ContextVar["MemberMode | None"] = ContextVar("eggroll_member_mode", default=None)
+
+
+class MemberMode(TorchFunctionMode):
+    """Answers `FUNCTIONS` for the members of a chunk.
+
+    Args:
+        member: int64, shape ``()``, the member's index in the population, or 0 for the same randomness in all; one
+            for each member under `vmap`.
+        key: int32, shape ``(2,)``, the key of the generation's randomness.
+    """
+
+    def __init__(self, member: Tensor, key: Tensor):
+        super().__init__()
+        self._member = member
+        self._key = key
+        self._calls = 0
+
+    def __enter__(self) -> "MemberMode":
+        self._token = _current.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _current.reset(self._token)
+        super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        answer = FUNCTIONS.get(func)
+        return func(*args, **(kwargs or {})) if answer is None else answer(*args, **(kwargs or {}))
+
+    def uniform(self, shape: torch.Size) -> Tensor:
+        """Uniform numbers on [0, 1), the next ones of the member, float32."""
+        key = threefry.fold_in(self._key, torch.tensor(self._calls, dtype=torch.int32, device=self._key.device))
+        self._calls += 1
+        return ops.member_uniform(key, self._member, list(shape))
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""What `MemberMode` answers, by PyTorch function. `eggroll_torch.rules` adds attention and recurrent layers."""
+
+
+def dropout(x: Tensor, p: float, shape: torch.Size | None = None) -> Tensor:
+    """`x` with elements zeroed at rate `p` and the rest scaled up; `shape` broadcasts one decision over axes of 1."""
+    mode = _current.get()
+    if mode is None:
+        return F.dropout(x, p) if shape is None else x * F.dropout(torch.ones(shape, dtype=x.dtype), p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"`p` must be a probability, got {p!r}")
+    if p == 1:
+        return x * 0
+    keep = mode.uniform(x.shape if shape is None else shape) >= p
+    return x * (keep / (1 - p)).to(x.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, whose dropout is the member's own."""
+    q, k, v = _unwrapped(q), _unwrapped(k), _unwrapped(v)
+    if dropout_p == 0:
+        return ops.attention(q, k, v, mask, is_causal, scale, enable_gqa)
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+    scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return dropout(torch.softmax(scores, dim=-1), dropout_p) @ v
+
+
+def _answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(answer: Callable[..., Any]) -> Callable[..., Any]:
+        for function in functions:
+            FUNCTIONS[function] = answer
+        return answer
+
+    return register
+
+
+@_answers(F.dropout, torch.dropout)
+def _dropout(input, p=0.5, training=True, inplace=False):
+    return dropout(_unwrapped(input), p) if training and p else input
+
+
+def _channel_dropout(spatial: int) -> Callable[..., Any]:
+    def answer(input, p=0.5, training=True, inplace=False):
+        x = _unwrapped(input)
+        shape = torch.Size((*x.shape[: x.ndim - spatial], *(1,) * spatial))
+        return dropout(x, p, shape) if training and p else input
+
+    return answer
+
+
+for _function, _spatial in ((F.dropout1d, 1), (F.dropout2d, 2), (F.dropout3d, 3)):
+    FUNCTIONS[_function] = _channel_dropout(_spatial)
+
+
+@_answers(F.batch_norm)
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if training:
+        running_mean = running_var = None
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@_answers(F.instance_norm)
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if use_input_stats:
+        running_mean = running_var = None
+    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+@_answers(F.scaled_dot_product_attention)
+def _scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """A weight that is used as data, as an ordinary tensor."""
+    if isinstance(x, DenseWeight):
+        x.use()
+        return plain(x)
+    if isinstance(x, PerturbedWeight):
+        return x + 0
+    return x

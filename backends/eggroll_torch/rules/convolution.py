@@ -1,0 +1,86 @@
+"""Convolutions with a perturbed kernel.
+
+A kernel counts as the matrix ``(kernel[0], prod(kernel[1:]))``. A convolution with it is the shared convolution plus
+one with the `rank` filters that the columns of ``B`` are, followed by a 1x1 by ``A``; a transposed convolution has
+its channels the other way round, so ``A`` comes first.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..perturbed import PerturbedWeight, plain, rule
+
+_CONVOLUTIONS: dict[Any, int] = {
+    F.conv1d: 1,
+    F.conv2d: 2,
+    F.conv3d: 3,
+    torch.conv1d: 1,
+    torch.conv2d: 2,
+    torch.conv3d: 3,
+}
+_TRANSPOSED: dict[Any, int] = {
+    F.conv_transpose1d: 1,
+    F.conv_transpose2d: 2,
+    F.conv_transpose3d: 3,
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+}
+
+
+def _convolution(function: Any, spatial: int) -> Any:
+    def apply(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if not _covers(input, weight, bias, spatial):
+            return NotImplemented
+        x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
+        A, B = weight.noise.of_member()  # (out, rank), (in / groups * kernel, rank)
+        rank = A.shape[1]
+        filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
+        base = function(x, plain(weight), bias, stride, padding, dilation, groups)
+        projected = function(x, filters, None, stride, padding, dilation, groups)  # (n, groups * rank, *out)
+        out = base + _mix(projected, A.reshape(groups, -1, rank))
+        return out if input.ndim == spatial + 2 else out.squeeze(0)
+
+    return apply
+
+
+def _transposed_convolution(function: Any, spatial: int) -> Any:
+    def apply(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+        if not _covers(input, weight, bias, spatial):
+            return NotImplemented
+        x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
+        A, B = weight.noise.of_member()  # (in, rank), (out / groups * kernel, rank)
+        rank = A.shape[1]
+        filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
+        mixed = _mix(x, A.reshape(groups, -1, rank).mT)  # (n, groups * rank, *in)
+        base = function(x, plain(weight), bias, stride, padding, output_padding, groups, dilation)
+        out = base + function(mixed, filters, None, stride, padding, output_padding, groups, dilation)
+        return out if input.ndim == spatial + 2 else out.squeeze(0)
+
+    return apply
+
+
+for _function, _spatial in _CONVOLUTIONS.items():
+    rule(_function)(_convolution(_function, _spatial))
+for _transposed, _spatial in _TRANSPOSED.items():
+    rule(_transposed)(_transposed_convolution(_transposed, _spatial))
+
+
+def _covers(input: Tensor, weight: Any, bias: Any, spatial: int) -> bool:
+    return (
+        isinstance(weight, PerturbedWeight)
+        and weight.noise.kernel == tuple(weight.shape)
+        and not isinstance(input, PerturbedWeight)
+        and not isinstance(bias, PerturbedWeight)
+        and input.ndim in (spatial + 1, spatial + 2)
+    )
+
+
+def _mix(x: Tensor, matrices: Tensor) -> Tensor:
+    """A 1x1 convolution in groups: `x` ``(n, groups * a, *spatial)``, `matrices` ``(groups, b, a)``."""
+    groups, b, a = matrices.shape
+    flat = x.reshape(x.shape[0], groups, a, -1)
+    return (matrices @ flat).reshape(x.shape[0], groups * b, *x.shape[2:])

@@ -1,0 +1,79 @@
+"""Rows of a perturbed matrix: ``W[index] + signs * scale * A[index] @ B.T``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..perturbed import PerturbedWeight, UnsupportedOperationError, plain, rule
+
+__all__ = ["rows"]
+
+
+def rows(weight: PerturbedWeight, index: Tensor) -> Tensor:
+    """``W_i[index]``: `index` of shape ``(...)``, `weight` ``(n, dim)``, result ``(..., dim)``."""
+    return ops.perturbed_embedding(index, plain(weight), *weight.noise.operands())
+
+
+@rule(F.embedding)
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    _refuse_max_norm(weight, max_norm)
+    return rows(weight, input) if weight.is_matrix else NotImplemented
+
+
+@rule(torch.index_select, torch.Tensor.index_select)
+def _index_select(input, dim, index):
+    return rows(input, index) if input.is_matrix and dim % 2 == 0 else NotImplemented
+
+
+@rule(F.embedding_bag)
+def _embedding_bag(
+    input,
+    weight,
+    offsets=None,
+    max_norm=None,
+    norm_type=2,
+    scale_grad_by_freq=False,
+    mode="mean",
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=None,
+):
+    _refuse_max_norm(weight, max_norm)
+    if not weight.is_matrix or isinstance(per_sample_weights, PerturbedWeight):
+        return NotImplemented
+    if input.ndim == 2:
+        bags, length = input.shape
+        bag_of = torch.arange(bags, device=input.device).repeat_interleave(length)
+        flat = input.reshape(-1)
+    else:
+        ends = offsets[1:]
+        bags = offsets.shape[0] - int(include_last_offset)
+        places = torch.arange(input.shape[0], device=input.device)
+        bag_of = torch.searchsorted(ends[: bags - 1].contiguous(), places, right=True)
+        flat = input
+    found = rows(weight, flat)  # (entries, dim)
+    if padding_idx is None:
+        counted = torch.ones_like(flat, dtype=found.dtype)
+    else:
+        counted = (flat != padding_idx % weight.shape[0]).to(found.dtype)
+    if mode == "max":
+        found = torch.where(counted.unsqueeze(-1) > 0, found, float("-inf"))
+        index = bag_of.unsqueeze(-1).expand_as(found)
+        most = found.new_full((bags, found.shape[1]), float("-inf")).scatter_reduce(0, index, found, "amax")
+        return torch.where(most == float("-inf"), 0.0, most)
+    weights = counted if per_sample_weights is None else counted * per_sample_weights.reshape(-1)
+    total = found.new_zeros(bags, found.shape[1]).index_add(0, bag_of, found * weights.unsqueeze(-1))
+    if mode == "sum":
+        return total
+    count = counted.new_zeros(bags).index_add(0, bag_of, counted)
+    return total / count.clamp(min=1).unsqueeze(-1)
+
+
+def _refuse_max_norm(weight: PerturbedWeight, max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise UnsupportedOperationError(
+            f"parameter {weight.noise.name!r}: an embedding with `max_norm` renormalises its weight in place, "
+            f"which a member cannot do to a weight that all members share; got max_norm={max_norm!r}"
+        )

@@ -1,0 +1,149 @@
+"""Products with a perturbed matrix, or with a stack of them: ``x @ W.T + signs * scale * (x @ B) @ A.T``."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..perturbed import PerturbedWeight, plain, rule
+from .views import transposed
+
+__all__ = ["linear"]
+
+
+def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
+    x, W, bias, noise = _autocast(x, weight, bias)
+    return ops.perturbed_linear(x, W, None if bias is None else plain(bias), *noise)
+
+
+def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
+    """``x[e] @ W_i[e].T`` for each matrix of a stack: `x` ``(stack, rows, in)``, `weight` ``(stack, out, in)``."""
+    x, W, _, noise = _autocast(x, weight, None)
+    return ops.perturbed_stacked_linear(x, W, *noise)
+
+
+@rule(F.linear)
+def _linear(input, weight, bias=None):
+    if isinstance(input, PerturbedWeight) or isinstance(bias, PerturbedWeight) or not weight.is_matrix:
+        return NotImplemented
+    return linear(input, weight, bias)
+
+
+@rule(
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.mv,
+    torch.Tensor.mv,
+    torch.bmm,
+    torch.Tensor.bmm,
+)
+def _matmul(input, other):
+    if isinstance(input, PerturbedWeight) == isinstance(other, PerturbedWeight):
+        return NotImplemented
+    if isinstance(other, PerturbedWeight):
+        if other.is_matrix:
+            return linear(input, transposed(other))
+        return stacked_linear(input, transposed(other)) if _stacks_match(other, input) else NotImplemented
+    if input.is_matrix:
+        return linear(other, input) if other.ndim == 1 else linear(other.mT, input).mT
+    return stacked_linear(other.mT, input).mT if _stacks_match(input, other) else NotImplemented
+
+
+@rule(torch.Tensor.__rmatmul__)
+def _rmatmul(right, left):
+    return _matmul(left, right)
+
+
+@rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
+    if isinstance(input, PerturbedWeight) or out is not None:
+        return NotImplemented
+    product = _matmul(mat1, mat2)
+    return product if product is NotImplemented else torch.add(input * beta, product, alpha=alpha)
+
+
+@rule(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Any:
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
+    if len(operands) != 2 or not isinstance(equation, str):
+        return NotImplemented
+    if isinstance(operands[0], PerturbedWeight) and isinstance(operands[1], PerturbedWeight):
+        return NotImplemented
+    plan = _Contraction.parse(equation, operands)
+    return NotImplemented if plan is None else plan.run()
+
+
+class _Contraction:
+    """An einsum of a perturbed matrix, or a stack of them, over one of its axes, as a product."""
+
+    def __init__(self, x: Tensor, weight: PerturbedWeight, x_labels: str, w_labels: str, out_labels: str):
+        self.x, self.weight = x, weight
+        self.x_labels, self.w_labels, self.out_labels = x_labels, w_labels, out_labels
+
+    @classmethod
+    def parse(cls, equation: str, operands: Any) -> "_Contraction | None":
+        """The contraction, or None where it is not a plain product with the weight."""
+        inputs, arrow, output = equation.replace(" ", "").partition("->")
+        left, comma, right = inputs.partition(",")
+        if not (arrow and comma) or "." in equation:
+            return None
+        first_is_weight = isinstance(operands[0], PerturbedWeight)
+        x, weight = reversed(operands) if first_is_weight else operands
+        x_labels, w_labels = (right, left) if first_is_weight else (left, right)
+        if weight.noise.kernel is not None or not 2 <= len(w_labels) == weight.ndim <= 3:
+            return None
+        row, column = w_labels[-2], w_labels[-1]
+        if row in x_labels and column not in x_labels:
+            weight, w_labels = transposed(weight), w_labels[:-2] + column + row
+            row, column = column, row
+        stack = w_labels[:-2]
+        plain_product = (
+            column in x_labels
+            and column not in output
+            and row not in x_labels
+            and row in output
+            and all(label in output for label in stack)
+            and len(set(x_labels)) == len(x_labels)
+            and set(output) == (set(x_labels) | set(w_labels)) - {column}
+        )
+        return cls(x, weight, x_labels, w_labels, output) if plain_product else None
+
+    def run(self) -> Tensor:
+        stack, row, column = list(self.w_labels[:-2]), self.w_labels[-2], self.w_labels[-1]
+        rest = [label for label in self.x_labels if label not in {*stack, column}]
+        x = self.x
+        if not stack:
+            x = x.permute([self.x_labels.index(label) for label in [*rest, column]])
+            return self._order(linear(x, self.weight), [*rest, row])
+        if stack[0] in self.x_labels:
+            x = x.permute([self.x_labels.index(label) for label in [*stack, *rest, column]])
+        else:
+            x = x.permute([self.x_labels.index(label) for label in [*rest, column]])
+            x = x.unsqueeze(0).expand(self.weight.shape[0], *x.shape)
+        lengths = x.shape[1:-1]
+        out = stacked_linear(x.reshape(x.shape[0], -1, x.shape[-1]), self.weight)
+        return self._order(out.reshape(out.shape[0], *lengths, out.shape[-1]), [*stack, *rest, row])
+
+    def _order(self, out: Tensor, labels: list[str]) -> Tensor:
+        return out.permute([labels.index(label) for label in self.out_labels])
+
+
+def _stacks_match(weight: PerturbedWeight, other: Tensor) -> bool:
+    return weight.noise.kernel is None and weight.ndim == other.ndim == 3 and weight.shape[0] == other.shape[0]
+
+
+def _autocast(x: Tensor, weight: PerturbedWeight, bias: Tensor | None) -> Any:
+    """The operands of a product in the dtype that autocast, where it is on, gives them."""
+    W, (A, B, *rest) = plain(weight), weight.noise.operands()
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, W, A, B = x.to(dtype), W.to(dtype), A.to(dtype), B.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return x, W, bias, (A, B, *rest)

@@ -1,0 +1,264 @@
+"""Views of a perturbed matrix, or of a stack of them, that are perturbed weights themselves."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..perturbed import PerturbedWeight, plain, rule
+from .lookup import rows
+
+__all__ = ["part", "transposed"]
+
+
+def transposed(weight: PerturbedWeight) -> PerturbedWeight:
+    """Each matrix transposed: rows and columns, hence ``A`` and ``B``, change places."""
+    noise = weight.noise
+    return PerturbedWeight.make(plain(weight).mT, replace(noise, A=noise.B, B=noise.A))
+
+
+def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
+    """A slice of rows, of columns, or of the stack."""
+    axis %= weight.ndim
+    noise = weight.noise
+    # The factors have one more axis in front, that of the draws; rows are those of A, columns those of B.
+    index = (slice(None),) * (axis + 1) + (where,)
+    A, B = noise.A, noise.B
+    if axis < weight.ndim - 2:
+        A, B = A[index], B[index]
+    elif axis == weight.ndim - 2:
+        A = A[index]
+    else:
+        B = B[(slice(None),) * axis + (where,)]
+    return PerturbedWeight.make(plain(weight)[index[1:]], replace(noise, A=A, B=B))
+
+
+def _layer(weight: PerturbedWeight, index: int) -> PerturbedWeight:
+    """One layer of a stack."""
+    noise = weight.noise
+    return PerturbedWeight.make(plain(weight)[index], replace(noise, A=noise.A[:, index], B=noise.B[:, index]))
+
+
+def _row(weight: PerturbedWeight, index: int) -> Tensor:
+    """One row of a matrix, as a vector of the member."""
+    A, B = weight.noise.of_member()
+    return plain(weight)[index] + A[index] @ B.mT
+
+
+_T: Any = torch.Tensor.T
+_MT: Any = torch.Tensor.mT
+
+
+@rule(_T.__get__, torch.t, torch.Tensor.t)
+def _t(input):
+    return transposed(input) if input.is_matrix else NotImplemented
+
+
+@rule(_MT.__get__)
+def _m_t(input):
+    return transposed(input) if input.noise.kernel is None else NotImplemented
+
+
+@rule(torch.transpose, torch.Tensor.transpose, torch.swapaxes, torch.Tensor.swapaxes)
+def _transpose(input, dim0, dim1):
+    if input.noise.kernel is not None:
+        return NotImplemented
+    dims = {dim % input.ndim for dim in (dim0, dim1)}
+    if len(dims) == 1:
+        return input
+    return transposed(input) if dims == {input.ndim - 2, input.ndim - 1} else NotImplemented
+
+
+@rule(torch.permute, torch.Tensor.permute)
+def _permute(input, *dims):
+    order = [dim % input.ndim for dim in _flat(dims)]
+    identity = list(range(input.ndim))
+    if input.noise.kernel is not None:
+        return NotImplemented
+    if order == identity:
+        return input
+    return transposed(input) if order == [*identity[:-2], identity[-1], identity[-2]] else NotImplemented
+
+
+@rule(torch.Tensor.__getitem__)
+def _getitem(input, index):
+    if isinstance(index, Tensor):
+        is_lookup = input.is_matrix and index.dtype in (torch.int64, torch.int32)
+        return rows(input, index) if is_lookup else NotImplemented
+    indices = index if isinstance(index, tuple) else (index,)
+    if input.noise.kernel is not None or not all(
+        isinstance(i, slice) or i is Ellipsis or (isinstance(i, int) and not isinstance(i, bool)) for i in indices
+    ):
+        return NotImplemented
+    if Ellipsis in indices:
+        place = indices.index(Ellipsis)
+        missing = input.ndim - (len(indices) - 1)
+        indices = (*indices[:place], *(slice(None),) * missing, *indices[place + 1 :])
+    return _apply_indices(input, indices)
+
+
+@rule(torch.narrow, torch.Tensor.narrow)
+def _narrow(input, dim, start, length):
+    if input.noise.kernel is not None or isinstance(start, Tensor):
+        return NotImplemented
+    start %= max(input.shape[dim], 1)
+    return part(input, dim, slice(start, start + length))
+
+
+@rule(torch.select, torch.Tensor.select)
+def _select(input, dim, index):
+    if input.noise.kernel is not None:
+        return NotImplemented
+    dim %= input.ndim
+    return _apply_indices(input, (*(slice(None),) * dim, index))
+
+
+@rule(torch.unbind, torch.Tensor.unbind, torch.Tensor.__iter__)
+def _unbind(input, dim=0):
+    if input.noise.kernel is not None or dim % input.ndim != 0:
+        return NotImplemented
+    layers = tuple(_apply_indices(input, (index,)) for index in range(input.shape[0]))
+    return NotImplemented if any(layer is NotImplemented for layer in layers) else layers
+
+
+@rule(torch.split, torch.Tensor.split)
+def _split(input, split_size_or_sections, dim=0):
+    if input.noise.kernel is not None:
+        return NotImplemented
+    length = input.shape[dim]
+    if isinstance(split_size_or_sections, int):
+        step = split_size_or_sections
+        bounds = [*range(0, length, step), length]
+    else:
+        bounds = [0]
+        for section in split_size_or_sections:
+            bounds.append(bounds[-1] + section)
+    return tuple(part(input, dim, slice(a, b)) for a, b in pairwise(bounds))
+
+
+@rule(torch.chunk, torch.Tensor.chunk)
+def _chunk(input, chunks, dim=0):
+    return _split(input, -(-input.shape[dim] // chunks), dim)
+
+
+@rule(torch.Tensor.view, torch.Tensor.reshape, torch.reshape)
+def _reshape(input, *shape):
+    target = _flat(shape)
+    if not all(isinstance(length, int) for length in target):
+        return NotImplemented
+    return _reshaped(input, target)
+
+
+@rule(torch.flatten, torch.Tensor.flatten)
+def _flatten(input, start_dim=0, end_dim=-1):
+    start, end = start_dim % input.ndim, end_dim % input.ndim
+    return _reshaped(input, [*input.shape[:start], -1, *input.shape[end + 1 :]])
+
+
+@rule(torch.unflatten, torch.Tensor.unflatten)
+def _unflatten(input, dim, sizes):
+    dim %= input.ndim
+    return _reshaped(input, [*input.shape[:dim], *sizes, *input.shape[dim + 1 :]])
+
+
+@rule(torch.Tensor.to)
+def _to(input, *args, **kwargs):
+    return _cast(input, lambda tensor: tensor.to(*args, **kwargs))
+
+
+@rule(torch.Tensor.type_as)
+def _type_as(input, other):
+    return _cast(input, lambda tensor: tensor.to(other.dtype))
+
+
+for _method, _dtype in (
+    (torch.Tensor.float, torch.float32),
+    (torch.Tensor.half, torch.float16),
+    (torch.Tensor.bfloat16, torch.bfloat16),
+    (torch.Tensor.double, torch.float64),
+):
+    rule(_method)(lambda input, _dtype=_dtype: _cast(input, lambda tensor: tensor.to(_dtype)))
+
+
+@rule(torch.Tensor.mul, torch.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+def _mul(input, other):
+    if isinstance(other, PerturbedWeight):
+        input, other = other, input
+    return _scaled(input, other) if isinstance(other, int | float) else NotImplemented
+
+
+@rule(torch.Tensor.div, torch.div, torch.Tensor.__truediv__)
+def _div(input, other, *, rounding_mode=None):
+    if not isinstance(input, PerturbedWeight) or not isinstance(other, int | float) or rounding_mode is not None:
+        return NotImplemented
+    return _scaled(input, 1 / other)
+
+
+@rule(torch.Tensor.__neg__, torch.neg, torch.Tensor.neg)
+def _neg(input):
+    return _scaled(input, -1)
+
+
+@rule(torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
+def _same(input, **kwargs):
+    return input
+
+
+def _apply_indices(weight: PerturbedWeight, indices: Sequence[Any]) -> Any:
+    axis = 0
+    current: Any = weight
+    for index in indices:
+        if isinstance(index, slice):
+            current = part(current, axis, index)
+            axis += 1
+        elif axis == 0 and current.ndim > 2:
+            current = _layer(current, index)
+        elif axis == 0 and current.ndim == 2 and len(indices) == 1:
+            return _row(current, index)
+        else:
+            return NotImplemented
+    return current
+
+
+def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
+    """Another shape that leaves the columns whole: rows split into a stack, or a convolution kernel as its matrix."""
+    noise, base = weight.noise, plain(weight)
+    target = _resolved(shape, base.numel())
+    if target == list(base.shape):
+        return weight
+    if noise.kernel is not None:
+        matrix = [noise.kernel[0], noise.B.shape[-2]]
+        if target != matrix:
+            return NotImplemented
+        return PerturbedWeight.make(base.reshape(matrix), replace(noise, kernel=None))
+    if base.ndim != 2 or len(target) < 2 or target[-1] != base.shape[1]:
+        return NotImplemented
+    *stack, rows, columns = target
+    A = noise.A.reshape(noise.A.shape[0], *stack, rows, -1)
+    B = noise.B.reshape(noise.B.shape[0], *(1,) * len(stack), columns, -1).expand(-1, *stack, -1, -1)
+    return PerturbedWeight.make(base.reshape(target), replace(noise, A=A, B=B))
+
+
+def _resolved(shape: Sequence[int], numel: int) -> list[int]:
+    known = math.prod(length for length in shape if length != -1)
+    return [numel // max(known, 1) if length == -1 else length for length in shape]
+
+
+def _scaled(weight: PerturbedWeight, factor: Any) -> PerturbedWeight:
+    noise = weight.noise
+    return PerturbedWeight.make(plain(weight) * factor, replace(noise, scale=noise.scale * float(factor)))
+
+
+def _cast(weight: PerturbedWeight, cast: Callable[[Tensor], Tensor]) -> Any:
+    noise, base = weight.noise, cast(plain(weight))
+    if not base.is_floating_point():
+        return NotImplemented
+    return PerturbedWeight.make(base, replace(noise, A=noise.A.to(base.dtype), B=noise.B.to(base.dtype)))
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    return list(values[0]) if len(values) == 1 and isinstance(values[0], tuple | list | torch.Size) else list(values)
