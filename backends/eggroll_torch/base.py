@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eggroll.config import as_choice, as_int, as_positive_float
 
 from . import threefry
+from .chunking import Chunking, ChunkSize
 from .fitness import Nonfinite, as_fitness, member_fitness
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
 from .population import MemberWeights, Population, Randomness
@@ -56,7 +57,7 @@ class Trainer(torch.optim.Optimizer):
         optimizer: OptimizerFactory,
         device: torch.device | str | None,
         seed: int | Sequence[int] | Tensor | None,
-        chunk_size: int | None,
+        chunk_size: ChunkSize,
         nonfinite: Nonfinite,
         randomness: Randomness,
     ):
@@ -68,7 +69,7 @@ class Trainer(torch.optim.Optimizer):
             raise ValueError("give `fitness_fn` or `population_fitness_fn`, not both")
         learning_rate = as_positive_float("learning_rate", learning_rate)
         self._population_size = as_int("population_size", population_size, 2)
-        self.chunk_size = None if chunk_size is None else as_int("chunk_size", chunk_size, 1)
+        self._chunking = Chunking(chunk_size)
         self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
         self.randomness = as_choice("randomness", randomness, ("different", "same"))
         self.seed = fresh_seed() if seed is None else seed
@@ -131,7 +132,7 @@ class Trainer(torch.optim.Optimizer):
                 self.model,
                 self._member_weights(),
                 members,
-                self.chunk_size,
+                self._chunking,
                 self.randomness,  # type: ignore[arg-type]
             )
         return self._population
@@ -250,6 +251,16 @@ class Trainer(torch.optim.Optimizer):
             self.generation = 0
             self.best_fitness = -math.inf
             self.fitness_history = []
+
+    @property
+    def chunk_size(self) -> ChunkSize:
+        """Members that are evaluated at a time; None for all."""
+        return self._chunking.requested
+
+    @property
+    def _group_options(self) -> tuple[str, ...]:
+        """Options of parameter groups besides the optimizer's."""
+        return ()
 
     @property
     def population_size(self) -> int:
@@ -386,7 +397,7 @@ class Trainer(torch.optim.Optimizer):
         self._population = None
 
     def _check_group_options(self, groups: Iterable[dict[str, Any]]) -> None:
-        known = {"params", "param_names", "initial_lr", *self.optimizer.defaults}
+        known = {"params", "param_names", "initial_lr", *self._group_options, *self.optimizer.defaults}
         for group in groups:
             if unknown := set(group) - known:
                 raise ValueError(
@@ -414,7 +425,7 @@ def _as_groups(params: Any) -> list[Any]:
 def _check_lr(lr: Any) -> None:
     if isinstance(lr, bool) or not isinstance(lr, Real | Tensor):
         raise TypeError(f"`lr` must be a non-negative finite number, got {lr!r}")
-    if not (math.isfinite(lr) and lr >= 0):
+    if not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"`lr` must be a non-negative finite number, got {lr!r}")
 
 

@@ -10,6 +10,7 @@ from eggroll.config import as_positive_float
 
 from . import threefry
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .chunking import ChunkSize
 from .fitness import Nonfinite
 from .perturbed import Policy
 from .population import MemberWeights, Randomness
@@ -61,7 +62,7 @@ class ESTrainer(Trainer):
         *,
         population_fitness_fn: PopulationFitnessFn | None = None,
         optimizer: OptimizerFactory = torch.optim.SGD,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
     ):
@@ -171,6 +172,7 @@ class _FlatWeights:
         self.policy = Policy()
         self.device = perturbations.device
         self.randomness_key = randomness_key
+        self.numbers_in_a_draw = perturbations.shape[1]
         self._parameters = parameters
         self.perturbations = perturbations
         self._sigma = sigma

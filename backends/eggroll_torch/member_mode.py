@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import ops, threefry
-from .perturbed import DenseWeight, PerturbedWeight, plain
+from .perturbed import unwrapped
 
 __all__ = ["MemberMode", "attention", "dropout"]
 
@@ -86,7 +86,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, whose dropout is the member's own."""
-    q, k, v = _unwrapped(q), _unwrapped(k), _unwrapped(v)
+    q, k, v = unwrapped(q), unwrapped(k), unwrapped(v)
     if dropout_p == 0:
         return ops.attention(q, k, v, mask, is_causal, scale, enable_gqa)
     if enable_gqa:
@@ -111,12 +111,12 @@ def _answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @_answers(F.dropout, torch.dropout)
 def _dropout(input, p=0.5, training=True, inplace=False):
-    return dropout(_unwrapped(input), p) if training and p else input
+    return dropout(unwrapped(input), p) if training and p else input
 
 
 def _channel_dropout(spatial: int) -> Callable[..., Any]:
     def answer(input, p=0.5, training=True, inplace=False):
-        x = _unwrapped(input)
+        x = unwrapped(input)
         shape = torch.Size((*x.shape[: x.ndim - spatial], *(1,) * spatial))
         return dropout(x, p, shape) if training and p else input
 
@@ -148,13 +148,3 @@ def _scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-
-
-def _unwrapped(x: Tensor) -> Tensor:
-    """A weight that is used as data, as an ordinary tensor."""
-    if isinstance(x, DenseWeight):
-        x.use()
-        return plain(x)
-    if isinstance(x, PerturbedWeight):
-        return x + 0
-    return x

@@ -4,6 +4,7 @@ The draws of every parameter lie side by side in one row for each draw, so a chu
 last chunk is kept: a population that fits into one chunk draws its noise once, for the forward pass and the update.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,10 +85,19 @@ class NoiseSource:
         """2 for antithetic pairs, else 1. A chunk holds whole pairs."""
         return 2 if self.config.antithetic else 1
 
+    @property
+    def numbers_in_a_draw(self) -> int:
+        """How long a row of noise is."""
+        return sum(parameter.draw_size for parameter in self.parameters)
+
+    def holds(self, members: range) -> bool:
+        """Whether the noise of these members is there already."""
+        return self._last is not None and self._last.members == members
+
     @torch.no_grad()
     def chunk(self, members: range) -> ChunkNoise:
         """The noise of consecutive members that start at, and hold, whole pairs."""
-        if self._last is not None and self._last.members == members:
+        if self._last is not None and self.holds(members):
             return self._last
         self._last = None  # drop the old chunk before the new one is drawn
         index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self.device)
@@ -105,11 +115,11 @@ class NoiseSource:
 
     def dense_scale(self, parameter: ParameterNoise) -> float:
         """What dense noise is multiplied with, apart from the sign."""
-        return self.config.sigma
+        return parameter.sigma
 
     def low_rank_scale(self, parameter: ParameterNoise) -> float:
         """What ``A @ B.T`` is multiplied with, apart from the sign."""
-        return self.config.sigma / parameter.rank**0.5
+        return parameter.sigma / math.sqrt(parameter.rank)
 
     def factors(self, parameter: ParameterNoise, chunk: ChunkNoise) -> PopulationFactors:
         """The low-rank noise of a parameter in its own dtype."""
@@ -131,7 +141,7 @@ class NoiseSource:
     def member_weight(
         self, parameter: ParameterNoise, chunk: ChunkNoise, index: int, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """A parameter as one member of the chunk sees it, in a tensor of its own, in `dtype` or the parameter's own."""
+        """A parameter as one member of the chunk sees it, a tensor of its own, in `dtype` or the parameter's."""
         noise = chunk.noise[parameter.name]
         weight = parameter.parameter.detach()
         sign = float(chunk.signs[index])

@@ -4,7 +4,7 @@ Matrices, convolution kernels and stacks of matrices get low-rank noise, everyth
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from eggroll import EggrollConfig, perturbation, prng
+
+from .choices import Choice
 
 __all__ = ["ParameterNoise", "describe_parameters", "named_trainable"]
 
@@ -32,6 +34,7 @@ class ParameterNoise:
         layer: shape of one layer; for low rank ``(out_features, in_features)``, where a convolution kernel counts
             as the matrix ``(out_channels, in_channels / groups * kernel elements)``.
         rank: columns of the factors.
+        sigma: scale of the perturbation.
         precision: the dtype in which the noise is drawn.
     """
 
@@ -41,6 +44,7 @@ class ParameterNoise:
     stack: tuple[int, ...]
     layer: tuple[int, ...]
     rank: int
+    sigma: float
     precision: prng.Precision
 
     @property
@@ -104,18 +108,25 @@ def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.
 
 
 def describe_parameters(
-    model: nn.Module, trainable: dict[str, nn.Parameter], config: EggrollConfig
+    model: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    config: EggrollConfig,
+    choices: Mapping[str, Choice] | None = None,
 ) -> list[ParameterNoise]:
-    """The noise of every trained parameter, in canonical order. With `freeze_nonlora` the dense ones are left out."""
+    """The noise of every perturbed parameter, in canonical order.
+
+    Those that were chosen to be frozen are left out, and with `freeze_nonlora` the dense ones.
+    """
     convolutions = _convolution_kernels(model)
     described = []
     for name in perturbation.canonical_order(trainable):
-        parameter = trainable[name]
-        kind, stack, layer = _layout(parameter, id(parameter) in convolutions)
-        if kind == "dense" and config.freeze_nonlora:
+        parameter, choice = trainable[name], (choices or {}).get(name, Choice())
+        kind, stack, layer = _layout(name, parameter, id(parameter) in convolutions, choice.noise)
+        if choice.noise == "frozen" or (kind == "dense" and config.freeze_nonlora):
             continue
         precision = perturbation.noise_precision(config, str(parameter.dtype).removeprefix("torch."))
-        described.append(ParameterNoise(name, parameter, kind, stack, layer, config.rank, precision))
+        rank, sigma = choice.rank or config.rank, choice.sigma or config.sigma
+        described.append(ParameterNoise(name, parameter, kind, stack, layer, rank, sigma, precision))
     return described
 
 
@@ -128,15 +139,21 @@ def _convolution_kernels(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, _CONVOLUTIONS)}
 
 
-def _layout(parameter: Tensor, convolution: bool) -> tuple[Kind, tuple[int, ...], tuple[int, ...]]:
+def _layout(
+    name: str, parameter: Tensor, convolution: bool, chosen: str | None
+) -> tuple[Kind, tuple[int, ...], tuple[int, ...]]:
+    """Kind, stack and layer of a parameter, by its shape unless something was chosen."""
     shape = tuple(parameter.shape)
+    if chosen == "dense":
+        return "dense", (), shape
     if convolution:
         return "low_rank", (), (shape[0], math.prod(shape[1:]))
-    if len(shape) == 2:
-        return "low_rank", (), shape
-    # A stack of matrices, such as the weights of experts; not a vector that was given axes of length 1 to broadcast.
-    if len(shape) == 3 and min(shape) > 1:
-        return "low_rank", shape[:1], shape[1:]
+    # Three axes are a stack of matrices, such as the weights of experts, and not a vector or a matrix that was given
+    # axes of length 1 to broadcast.
+    if len(shape) == 2 or (len(shape) == 3 and min(shape) > 1) or chosen == "low_rank":
+        if len(shape) < 2:
+            raise ValueError(f"`noise` 'low_rank' needs a parameter with two axes or more, {name!r} has {len(shape)}")
+        return "low_rank", shape[:-2], shape[-2:]
     return "dense", (), shape
 
 

@@ -6,14 +6,16 @@ and splitting give another perturbed weight. What has no rule is materialised fo
 with one warning, or refused in strict mode.
 """
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 __all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError"]
@@ -36,12 +38,32 @@ class Policy:
         warned: what was warned about.
         used: names of the parameters that took part in a computation.
         one_by_one: the model cannot be vectorised over members.
+        forward_passes: how many were seen whose use of parameters could be followed.
     """
 
     strict: bool = False
     warned: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     one_by_one: bool = False
+    forward_passes: int = 0
+
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """The parameters that took no part in any forward pass so far; none where no pass could be followed."""
+        return [name for name in names if name not in self.used] if self.forward_passes else []
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Notes which parameters of the model itself are used inside, the first time that it is entered.
+
+        Compiled and scripted modules compute where this cannot see: nothing is concluded for them.
+        """
+        opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+        if self.forward_passes or any(isinstance(module, opaque) for module in model.modules()):
+            yield
+            return
+        with _Watch({id(parameter): name for name, parameter in model.named_parameters()}, self.used):
+            yield
+        self.forward_passes += 1
 
     def run(self, vectorised: Callable[[], Any], one_by_one: Callable[[], Any]) -> Any:
         """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once."""
@@ -68,6 +90,22 @@ class Policy:
         if problem not in self.warned:
             self.warned.add(problem)
             warnings.warn(f"{problem}: {remedy}", MaterialisedWarning, stacklevel=2)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the names of parameters that are handed to PyTorch's functions for more than their metadata."""
+
+    def __init__(self, names: dict[int, str], used: set[str]):
+        super().__init__()
+        self._names = names
+        self._used = used
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in _METADATA:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and (name := self._names.get(id(leaf))) is not None:
+                    self._used.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -163,13 +201,7 @@ class DenseWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 
-        def noted(value: Any) -> Any:
-            if isinstance(value, DenseWeight):
-                value.use()
-                return plain(value)
-            return value
-
-        args, kwargs = pytree.tree_map(noted, (args, kwargs))
+        args, kwargs = pytree.tree_map(lambda leaf: unwrapped(leaf) if type(leaf) is cls else leaf, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -177,6 +209,14 @@ def plain(weight: Tensor) -> Tensor:
     """The ordinary tensor under a weight: for a perturbed one, the unperturbed values."""
     with torch._C.DisableTorchFunctionSubclass():
         return weight.as_subclass(torch.Tensor)
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """A tensor that may be a parameter, used as data: an ordinary tensor."""
+    if isinstance(value, DenseWeight):
+        value.use()
+        return plain(value)
+    return materialise(value) if isinstance(value, PerturbedWeight) else value
 
 
 def materialise(weight: PerturbedWeight) -> Tensor:

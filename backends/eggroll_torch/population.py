@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from eggroll.config import as_int
+
+from .chunking import Chunking, chunk_ranges
+from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy
 from .swap import seeded, swapped
@@ -30,6 +34,9 @@ class MemberWeights(Protocol):
     policy: Policy
     """What to do where the model cannot be vectorised as it is."""
 
+    numbers_in_a_draw: int
+    """Numbers drawn for a member, or for a pair."""
+
     def prepare(self, members: range) -> None:
         """Draws what `materialise` needs for these members, all at once."""
 
@@ -50,7 +57,7 @@ class Population:
         model: the model, whose own parameters are left alone.
         weights: the members' weights.
         members: which members.
-        chunk_size: members that run at a time.
+        chunking: how many members run at a time.
         randomness: ``"different"`` for each member, such as its dropout, or the ``"same"`` in all.
 
     Example:
@@ -70,20 +77,20 @@ class Population:
         model: nn.Module,
         weights: MemberWeights,
         members: range,
-        chunk_size: int | None = None,
+        chunking: Chunking | None = None,
         randomness: Randomness = "different",
     ):
         self._model = model
         self._open_weights: MemberWeights | None = weights
         self._members = members
-        self._chunk_size = chunk_size or len(members)
+        self._chunking = chunking or Chunking(None)
         self._randomness = randomness
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __repr__(self) -> str:
-        return f"Population(members={self._members.start}..{self._members.stop - 1}, chunk_size={self._chunk_size})"
+        return f"Population(members={self._members.start}..{self._members.stop - 1})"
 
     @property
     def weights(self) -> MemberWeights:
@@ -115,7 +122,7 @@ class Population:
         Raises:
             ValueError: `per_member`, and a tensor whose axis 0 is not as long as the population.
         """
-        return self._run("__call__", args, kwargs, per_member)
+        return self._run(_Call("__call__", args, kwargs, per_member, len(self)))
 
     def call(self, method: str, *args: Any, per_member: bool = False, **kwargs: Any) -> Any:
         """What a method of the model returns for every member, as `population(...)` does for the model itself.
@@ -125,16 +132,16 @@ class Population:
         """
         if not callable(getattr(self._model, method, None)):
             raise AttributeError(f"`method` must be a method of {type(self._model).__name__}, got {method!r}")
-        return self._run(method, args, kwargs, per_member)
+        return self._run(_Call(method, args, kwargs, per_member, len(self)))
 
-    def chunks(self, size: int | None = None) -> Iterator["Population"]:
-        """The population in parts of at most `size` members (by default the trainer's `chunk_size`).
+    def chunks(self, size: int) -> Iterator["Population"]:
+        """The population in parts of at most `size` members, rounded up to whole antithetic pairs.
 
         Scoring part by part keeps memory independent of the population:
-        ``torch.cat([score(part(x)) for part in population.chunks()])``.
+        ``torch.cat([score(part(x)) for part in population.chunks(1024)])``.
         """
-        for members in chunk_ranges(self._members, size or self._chunk_size, self.weights.members_per_draw):
-            yield Population(self._model, self.weights, members, self._chunk_size, self._randomness)
+        for members in chunk_ranges(self._members, as_int("size", size, 1), self.weights.members_per_draw):
+            yield Population(self._model, self.weights, members, self._chunking, self._randomness)
 
     def state_dict(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own.
@@ -156,14 +163,26 @@ class Population:
         with swapped(self._model, self.weights.materialise(self._member(index))):
             yield self._model
 
+    def lora(self, index: int) -> dict[str, Tensor]:
+        """The low-rank perturbations of member `index` as a LoRA adapter in PEFT's layout, exact, without an SVD.
+
+        The adapter's ``lora_alpha`` equals its rank, so its scaling is 1. A matrix ``weight`` of a module ``m`` gives
+        ``base_model.model.m.lora_A.weight`` and ``...lora_B.weight``, an embedding ``...lora_embedding_A`` and
+        ``...lora_embedding_B``, a convolution the kernels of its two convolutions. Dense perturbations have no place
+        in an adapter: train with `freeze_nonlora` for members that are adapters entirely.
+        """
+        return adapter(self._model, self.weights, self._member(index))
+
     @torch.no_grad()
     def evaluate(self, fitness_fn: Callable[[nn.Module], float]) -> list[float]:
         """What `fitness_fn` says of each member, one at a time, without recording gradients; see `member`."""
         scores = []
-        for part in self.chunks():
-            part.weights.prepare(part.members)
+        weights = self.weights
+        size = self._chunking.noise(len(self), weights.members_per_draw, weights.numbers_in_a_draw)
+        for part in self.chunks(size):
+            weights.prepare(part.members)
             for index in range(len(part)):
-                with part.member(index) as model:
+                with part.member(index) as model, weights.policy.watching(model):
                     scores.append(fitness_fn(model))
         return scores
 
@@ -172,47 +191,46 @@ class Population:
             raise IndexError(f"`index` must be in [0, {len(self)}), got {index}")
         return self._members[index]
 
+    def chunk_size(self, *args: Any, per_member: bool = False, **kwargs: Any) -> int:
+        """How many members such a call evaluates at a time."""
+        call = _Call("__call__", args, kwargs, per_member, len(self))
+        if self._chunking.requested == "auto" and not call.places:
+            return self._chunking.noise(len(self), self.weights.members_per_draw, self.weights.numbers_in_a_draw)
+        return self._size(call)
+
+    def _size(self, call: "_Call") -> int:
+        weights = self.weights
+
+        def run(count: int) -> object:
+            return self._run_chunk(call, self._members[:count])
+
+        return min(len(self), self._chunking.forward(len(self), weights.members_per_draw, weights.device, run))
+
     @torch.no_grad()
-    def _run(self, method: str, args: Any, kwargs: Any, per_member: bool) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if per_member:
-            for place in places:
-                self._check_axis(leaves[place])
+    def _run(self, call: "_Call") -> Any:
+        size = self._size(call)
         collected: _Collected | None = None
-        for members in chunk_ranges(self._members, self._chunk_size, self.weights.members_per_draw):
-            start = members.start - self._members.start
-            tensors = [leaves[p][start : start + len(members)] if per_member else leaves[p] for p in places]
-            outputs = self._run_chunk(method, members, leaves, structure, places, tensors, per_member)
+        for members in chunk_ranges(self._members, size, self.weights.members_per_draw):
+            outputs = self._run_chunk(call, members)
             if len(members) == len(self):
                 return outputs.tree()
             if collected is None:
                 collected = _Collected(outputs, len(self))
-            collected.put(outputs, start)
+            collected.put(outputs, members.start - self._members.start)
         assert collected is not None
         return collected.tree()
 
-    def _run_chunk(
-        self,
-        method: str,
-        members: range,
-        leaves: list[Any],
-        structure: pytree.TreeSpec,
-        places: list[int],
-        tensors: list[Tensor],
-        per_member: bool,
-    ) -> "_Outputs":
+    @torch.no_grad()
+    def _run_chunk(self, call: "_Call", members: range) -> "_Outputs":
+        inputs = call.inputs(members.start - self._members.start, len(members))
         outputs = _Outputs()
-        caller = _Caller(self._model, method)
+        caller = _Caller(self._model, call.method)
         weights = self.weights
         index = torch.arange(members.start, members.stop, device=weights.device)
         buffers = {f"model.{name}": buffer for name, buffer in self._model.named_buffers()}
 
         def run_member(index: Tensor, mine: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
-            values = list(leaves)
-            for place, tensor in zip(places, inputs, strict=True):
-                values[place] = tensor
-            args, kwargs = pytree.tree_unflatten(values, structure)
+            args, kwargs = call.arguments(inputs)
             bound = {f"model.{name}": value for name, value in weights.bind(members, index, mine).items()}
             # Members write to copies of the buffers: nothing of one chunk reaches the next, or the model.
             bound |= {name: buffer.clone() for name, buffer in buffers.items()}
@@ -220,27 +238,54 @@ class Population:
                 return outputs.take_apart(functional_call(caller, bound, args, kwargs))
 
         def run_vectorised() -> list[Tensor]:
-            in_dims = (0, 0, 0 if per_member else None)
+            in_dims = (0, 0, 0 if call.per_member else None)
             run = torch.vmap(run_member, in_dims, randomness=self._randomness)
-            return run(index, weights.batched(members), tensors)
+            return run(index, weights.batched(members), inputs)
 
         def run_one_by_one() -> list[Tensor]:
             rows = [
-                run_member(index[i], weights.materialise(member), [t[i] for t in tensors] if per_member else tensors)
+                run_member(index[i], weights.materialise(member), call.of_member(inputs, i))
                 for i, member in enumerate(members)
             ]
             return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
         with seeded(weights.randomness_key, members.start):
             outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
+        weights.policy.forward_passes += 1
         return outputs
 
-    def _check_axis(self, tensor: Tensor) -> None:
-        if tensor.ndim == 0 or tensor.shape[0] != len(self):
-            raise ValueError(
-                f"with `per_member` axis 0 of every input must be over the {len(self)} members, "
-                f"got the shape {tuple(tensor.shape)}"
-            )
+
+class _Call:
+    """A call of the model taken apart into tensors, which are shared or over members, and the rest."""
+
+    def __init__(self, method: str, args: Any, kwargs: Any, per_member: bool, members: int):
+        self.method = method
+        self.per_member = per_member
+        self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
+        self.places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        for place in self.places if per_member else ():
+            shape = tuple(self._leaves[place].shape)
+            if not shape or shape[0] != members:
+                raise ValueError(
+                    f"with `per_member` axis 0 of every input must be over the {members} members, "
+                    f"got the shape {shape}"
+                )
+
+    def inputs(self, start: int, count: int) -> list[Tensor]:
+        """The tensors for some of the members."""
+        tensors = [self._leaves[place] for place in self.places]
+        return [tensor[start : start + count] for tensor in tensors] if self.per_member else tensors
+
+    def of_member(self, inputs: list[Tensor], index: int) -> list[Tensor]:
+        """The tensors for one of the members of `inputs`."""
+        return [tensor[index] for tensor in inputs] if self.per_member else inputs
+
+    def arguments(self, tensors: list[Tensor]) -> Any:
+        """Positional and keyword arguments with these tensors in place."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self._structure)
 
 
 class _Caller(nn.Module):
@@ -286,13 +331,6 @@ class _Collected:
 
     def tree(self) -> Any:
         return self._first.tree(self._tensors)
-
-
-def chunk_ranges(members: range, size: int, multiple: int) -> Iterator[range]:
-    """`members` in parts of at most `size`, rounded up to whole multiples of `multiple`."""
-    size = -(-size // multiple) * multiple
-    for start in range(members.start, members.stop, size):
-        yield range(start, min(start + size, members.stop))
 
 
 def _tied(model: nn.Module, member: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:

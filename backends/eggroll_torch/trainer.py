@@ -1,22 +1,26 @@
 """`EGGROLLTrainer`: trains a `torch.nn.Module` with low-rank evolution strategies."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from eggroll import EggrollConfig
-from eggroll.config import as_positive_float
+from eggroll.config import as_bool, as_choice, as_positive_float
 
 from . import update
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .choices import OPTIONS, choices_by_name
+from .chunking import ChunkSize, chunk_ranges
+from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
+from .memory import MemoryEstimate
 from .noise import NoiseSource
-from .parameters import describe_parameters, model_keys
+from .parameters import ParameterNoise, describe_parameters, model_keys
 from .perturbed import Policy
-from .population import MemberWeights, Randomness, chunk_ranges
+from .population import MemberWeights, Population, Randomness
 from .weights import EggrollWeights
 
 __all__ = ["EGGROLLTrainer"]
@@ -57,11 +61,18 @@ class EGGROLLTrainer(Trainer):
         noise_dtype: ``"float32"``, or ``"param"`` to draw in each parameter's dtype as the reference does.
         optimizer: makes the optimizer, called with parameter groups and ``lr``: a class of `torch.optim` or a
             `functools.partial` of one.
-        chunk_size: members that are evaluated at a time; all by default. Does not change the result.
+        chunk_size: members that are evaluated at a time; all by default. ``"auto"`` measures the first members and
+            takes as many as fit the device's free memory. Does not change the result.
         nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
             ``"worst"`` finite member.
         randomness: what is random in the model, such as dropout, is ``"different"`` for each member or the ``"same"``
             in all; either way it follows from `seed`.
+        noise: how single parameters are perturbed, by name pattern (as in `fnmatch`; the first that fits counts):
+            ``"low_rank"``, ``"dense"``, ``"frozen"``, or a mapping with any of ``noise`` (one of these), ``rank`` and
+            ``sigma``: ``{"head.*": "dense", "*.weight": {"rank": 4, "sigma": 0.02}}``. Parameter groups take the same
+            options. By default matrices, convolutions, embeddings and stacks of matrices are low rank, others dense.
+        unused: ``"raise"`` an error that names the parameters that took no part in the forward pass, before anything
+            is updated, or ``"ignore"`` them: they stay as they are.
         strict: raise where an operation has no low-rank rule or the model cannot be vectorised, instead of forming
             the weight of each member of a chunk, or running members one by one, with a warning.
 
@@ -102,9 +113,11 @@ class EGGROLLTrainer(Trainer):
         gradient_scale: str = "reference",
         noise_dtype: str = "float32",
         optimizer: OptimizerFactory = torch.optim.SGD,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
+        noise: Mapping[str, Any] | None = None,
+        unused: Literal["raise", "ignore"] = "raise",
         strict: bool = False,
     ):
         self.config = EggrollConfig(
@@ -119,7 +132,9 @@ class EGGROLLTrainer(Trainer):
             gradient_scale=gradient_scale,  # type: ignore[arg-type]
             noise_dtype=noise_dtype,  # type: ignore[arg-type]
         )
-        self._policy = Policy(strict=strict)
+        self._policy = Policy(strict=as_bool("strict", strict))
+        self.unused = as_choice("unused", unused, ("raise", "ignore"))
+        self._patterns = None if noise is None else dict(noise)
         super().__init__(
             params,
             model,
@@ -150,22 +165,49 @@ class EGGROLLTrainer(Trainer):
         """The rank of a matrix's perturbation."""
         return self.config.rank
 
+    def memory_estimate(self, *args: Any, per_member: bool = False, **kwargs: Any) -> MemoryEstimate:
+        """What a generation needs, before it runs.
+
+        Args:
+            *args, **kwargs, per_member: an example of a call of the population. Its forward pass is measured on the
+                first members; without arguments, what it needs is left out.
+        """
+        population = Population(self.model, self._member_weights(), range(self.population_size), self._chunking)
+        return estimate(population, args, kwargs, per_member, [p.parameter for p in self._describe()])
+
+    @property
+    def _group_options(self) -> tuple[str, ...]:
+        return OPTIONS
+
+    def _describe(self) -> list[ParameterNoise]:
+        names = {id(parameter): name for name, parameter in self._trainable.items()}
+        choices = choices_by_name(self._patterns, self.param_groups, names)
+        return describe_parameters(self.model, self._trainable, self.config, choices)
+
     def _parameters_changed(self) -> None:
-        self._noise = describe_parameters(self.model, self._trainable, self.config)
-        if not self._noise:
-            raise ValueError("`freeze_nonlora` leaves no trainable parameter: `params` holds no matrix")
+        if not self._describe():
+            raise ValueError("`params` must hold at least one parameter that is perturbed, all are frozen")
         self._keys = model_keys(self.model, self._base_key)
 
     def _member_weights(self) -> EggrollWeights:
-        source = NoiseSource(self._noise, self._keys, self.generation, self.config)
+        source = NoiseSource(self._describe(), self._keys, self.generation, self.config)
         return EggrollWeights(source, self._policy, self._randomness_key())
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, EggrollWeights)
         source = weights.source
-        chunks = list(chunk_ranges(range(len(fitness)), self.chunk_size or len(fitness), source.members_per_draw))
+        unused = self._policy.unused(parameter.name for parameter in source.parameters)
+        if unused and self.unused == "raise":
+            raise ValueError(
+                f"`params` must take part in the forward pass, but {', '.join(map(repr, unused))} did not: "
+                "leave such parameters out, or `unused='ignore'` leaves them as they are"
+            )
+        everyone = range(len(fitness))
+        size = self._chunking.noise(len(fitness), source.members_per_draw, source.numbers_in_a_draw)
+        chunks = [everyone] if source.holds(everyone) else list(chunk_ranges(everyone, size, source.members_per_draw))
         # The last chunk evaluated is the one whose noise is still there.
-        return update.direction(source, shaped_weights(fitness, source.config), reversed(chunks))
+        found = update.direction(source, shaped_weights(fitness, source.config), reversed(chunks))
+        return {name: direction for name, direction in found.items() if name not in unused}
 
     def _hyperparameters(self) -> dict[str, Any]:
         values = {**super()._hyperparameters(), **asdict(self.config)}

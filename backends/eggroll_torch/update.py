@@ -9,6 +9,7 @@ from eggroll import perturbation
 from eggroll.update import direction_scale, weights_of_draws
 
 from .noise import NoiseSource
+from .parameters import ParameterNoise
 
 __all__ = ["direction"]
 
@@ -52,11 +53,14 @@ def direction(
         if progress is not None:
             progress()
     return {
-        parameter.name: totals[parameter.name]
-        .mul_(direction_scale(source.config, low_rank=parameter.kind == "low_rank", rank=parameter.rank))
-        .view(parameter.parameter.shape)
+        parameter.name: totals[parameter.name].mul_(_scale(source, parameter)).view(parameter.parameter.shape)
         for parameter in source.parameters
     }
+
+
+def _scale(source: NoiseSource, parameter: ParameterNoise) -> float:
+    low_rank = parameter.kind == "low_rank"
+    return float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
 
 
 def _add_low_rank_sum_(total: Tensor, coefficients: Tensor, noise: perturbation.LowRank) -> None:

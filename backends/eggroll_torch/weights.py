@@ -26,6 +26,7 @@ class EggrollWeights:
         self.device = source.device
         self.randomness_key = randomness_key.to(source.device)
         self.members_per_draw = source.members_per_draw
+        self.numbers_in_a_draw = source.numbers_in_a_draw
 
     def prepare(self, members: range) -> None:
         self.source.chunk(members)
@@ -69,3 +70,17 @@ class EggrollWeights:
             parameter.name: self.source.member_weight(parameter, chunk, index, dtype)
             for parameter in self.source.parameters
         }
+
+    @torch.no_grad()
+    def member_factors(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """``signs * scale * A`` and ``B`` of one member, by the name of the parameter, float32."""
+        chunk = self.source.chunk_with(member)
+        index = member - chunk.members.start
+        factors = {}
+        for parameter in self.source.parameters:
+            noise = chunk.noise[parameter.name]
+            if not isinstance(noise, Tensor):
+                draw = index // self.members_per_draw
+                scale = float(chunk.signs[index]) * self.source.low_rank_scale(parameter)
+                factors[parameter.name] = noise.A[draw] * scale, noise.B[draw]
+        return factors

@@ -207,11 +207,10 @@ class NoLargeTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(result):
-            if (
-                isinstance(leaf, torch.Tensor)
-                and leaf.untyped_storage().nbytes() // leaf.element_size() >= self.limit
-            ):
+        for leaf in tensors_of(result):
+            # An expanded view has many elements and little storage, a slice the other way round: neither is large.
+            stored = leaf.untyped_storage().nbytes() // leaf.element_size()
+            if min(leaf.numel(), stored) >= self.limit:
                 raise AssertionError(f"{func} made {tuple(leaf.shape)}, {self.limit} elements are a matrix of all")
         return result
 

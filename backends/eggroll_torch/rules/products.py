@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..perturbed import PerturbedWeight, plain, rule
+from ..perturbed import PerturbedWeight, plain, rule, unwrapped
 from .views import transposed
 
 __all__ = ["linear"]
@@ -16,7 +16,7 @@ __all__ = ["linear"]
 def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
     x, W, bias, noise = _autocast(x, weight, bias)
-    return ops.perturbed_linear(x, W, None if bias is None else plain(bias), *noise)
+    return ops.perturbed_linear(x, W, None if bias is None else unwrapped(bias), *noise)
 
 
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:

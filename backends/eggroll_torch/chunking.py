@@ -1,0 +1,80 @@
+"""How many members are evaluated, drawn and summed at a time."""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+
+from eggroll.config import as_int
+
+from .memory import PeakMemory, free_memory
+
+__all__ = ["ChunkSize", "Chunking", "chunk_ranges"]
+
+ChunkSize = int | Literal["auto"] | None
+
+# A chunk whose tensors stay below this is faster on a CPU than a larger one, whose every tensor is mapped anew.
+_CPU_BYTES = 48 << 20
+# Of the free memory: the rest is for what is not measured, such as the workspaces of libraries.
+_SHARE = 0.5
+# Noise that is drawn at a time where nothing else decides, in numbers (64 MiB).
+_NOISE = 1 << 24
+
+
+class Chunking:
+    """The chunk size of a trainer, which ``"auto"`` finds out in its first forward pass.
+
+    Args:
+        requested: members at a time; None for all of a population; ``"auto"`` to measure.
+    """
+
+    def __init__(self, requested: ChunkSize):
+        if requested is not None and requested != "auto":
+            if isinstance(requested, str):
+                raise ValueError(f"`chunk_size` must be a positive int, 'auto' or None, got {requested!r}")
+            requested = as_int("chunk_size", requested, 1)
+        self.requested = requested
+        self._measured: int | None = None
+
+    def forward(self, members: int, multiple: int, device: torch.device, run: Callable[[int], object]) -> int:
+        """Members at a time in a forward pass.
+
+        Args:
+            members: of the population.
+            multiple: members that share a draw.
+            device: whose memory counts.
+            run: runs the first members, given how many.
+        """
+        if self.requested != "auto":
+            return self.requested or members
+        if self._measured is None:
+            self._measured = self._measure(members, multiple, device, run)
+        return self._measured
+
+    def noise(self, members: int, multiple: int, numbers_in_a_draw: int) -> int:
+        """Members whose noise is drawn at a time for the update, or to evaluate them one by one."""
+        decided = self._measured if self.requested == "auto" else self.requested
+        return min(decided or members, max(1, _NOISE // numbers_in_a_draw) * multiple)
+
+    @staticmethod
+    def _measure(members: int, multiple: int, device: torch.device, run: Callable[[int], object]) -> int:
+        few, more = multiple, min(4 * multiple, members)
+        if few == more:
+            return members
+        peaks = []
+        for count in (few, more):
+            with PeakMemory() as memory:
+                run(count)
+            peaks.append(memory.peak)
+        for_a_member = max(1.0, (peaks[1] - peaks[0]) / (more - few))
+        available = _SHARE * free_memory(device) - peaks[0]
+        if device.type == "cpu":
+            available = min(available, _CPU_BYTES)
+        return max(multiple, min(members, int(available / for_a_member) // multiple * multiple))
+
+
+def chunk_ranges(members: range, size: int, multiple: int) -> Iterator[range]:
+    """`members` in parts of at most `size`, rounded up to whole multiples of `multiple`."""
+    size = -(-size // multiple) * multiple
+    for start in range(members.start, members.stop, size):
+        yield range(start, min(start + size, members.stop))

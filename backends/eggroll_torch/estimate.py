@@ -1,0 +1,54 @@
+"""`memory_estimate`: what a generation needs, from the sizes of its parts and a measured forward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .memory import MemoryEstimate, PeakMemory
+from .population import Population
+
+__all__ = ["estimate"]
+
+
+def estimate(
+    population: Population, args: Any, kwargs: Any, per_member: bool, parameters: Sequence[Tensor]
+) -> MemoryEstimate:
+    """The estimate for a population that is called with `args` and `kwargs`; see `EGGROLLTrainer.memory_estimate`."""
+    weights, members = population.weights, len(population)
+    multiple = weights.members_per_draw
+    forward = outputs = 0
+    chunk = population.chunk_size(*args, per_member=per_member, **kwargs)
+    if args or kwargs:
+        few, more = multiple, min(4 * multiple, members)
+        (peak_few, _), (peak_more, of_more) = (
+            _measured(population, count, args, kwargs, per_member) for count in (few, more)
+        )
+        for_a_member = (peak_more - peak_few) / max(more - few, 1)
+        forward = int(peak_few + for_a_member * (chunk - few))
+        outputs = of_more * members // more
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return MemoryEstimate(
+        chunk_size=chunk,
+        noise=4 * weights.numbers_in_a_draw * -(-chunk // multiple),
+        forward=forward,
+        outputs=outputs,
+        update=size + sum(4 * parameter.numel() for parameter in parameters if parameter.element_size() < 4),
+        copies=2 * size,
+    )
+
+
+def _measured(population: Population, count: int, args: Any, kwargs: Any, per_member: bool) -> tuple[int, int]:
+    """Bytes alive at once in the forward pass of the first members, beyond their noise, and bytes of its outputs."""
+    part = next(population.chunks(count))
+    if per_member:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        )
+    part.weights.prepare(part.members)
+    with PeakMemory() as memory, torch.no_grad():
+        result = part(*args, per_member=per_member, **kwargs)
+    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return memory.peak, sum(leaf.numel() * leaf.element_size() for leaf in leaves)
