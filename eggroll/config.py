@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
+
 __all__ = ["EggrollConfig"]
 
 SHAPINGS = ("zscore", "group_zscore", "centered_rank", "sign", "baseline", "raw")
@@ -19,12 +21,12 @@ FitnessShaping = str | Callable[[Any], Any]
 def as_int(name: str, value: Any, minimum: int) -> int:
     """`value` as an int not below `minimum`, or an error that names the argument, the rule and the value."""
     rule = {0: "a non-negative int", 1: "a positive int"}.get(minimum, f"an int of at least {minimum}")
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be {rule}, got {value!r}")
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be {rule}, got {value!r}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"`{name}` must be {rule}, got {value!r}")
     if number < minimum:
         raise ValueError(f"`{name}` must be {rule}, got {value!r}")
     return number

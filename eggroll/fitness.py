@@ -46,11 +46,10 @@ def shape_fitness(fitness: Array, config: EggrollConfig) -> Array:
         )
     if callable(config.fitness_shaping):
         weights = config.fitness_shaping(fitness)
-        if tuple(weights.shape) != (members,):
-            raise ValueError(
-                f"`fitness_shaping` must return a weight for each of the {members} members, "
-                f"got the shape {tuple(weights.shape)}"
-            )
+        shape = getattr(weights, "shape", None)
+        if shape is None or tuple(shape) != (members,):
+            seen = type(weights).__name__ if shape is None else f"the shape {tuple(shape)}"
+            raise ValueError(f"`fitness_shaping` must return a weight for each of the {members} members, got {seen}")
         return weights
     return _SHAPINGS[config.fitness_shaping](fitness, config)
 

@@ -72,7 +72,7 @@ def key(seed: int, *, xp: Any = np, device: Any = None) -> Array:
     seed = as_int("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"`seed` must be below 2**64, got {seed}")
-    return xp.asarray([seed >> 32, seed & 0xFFFFFFFF], dtype=xp.uint32, device=device)
+    return _key_of(xp, [seed >> 32, seed & 0xFFFFFFFF], device)
 
 
 def key_from_words(words: Any, *, xp: Any = np, device: Any = None) -> Array:
@@ -87,7 +87,7 @@ def key_from_words(words: Any, *, xp: Any = np, device: Any = None) -> Array:
     checked = [as_int("seed", _item(value), 0) for value in values]
     if max(checked) >= 2**32:
         raise ValueError(f"`seed` as a key must have words below 2**32, got {checked}")
-    return xp.asarray(checked, dtype=xp.uint32, device=device)
+    return _key_of(xp, checked, device)
 
 
 def fold_in(key: Array, data: Any) -> Array:
@@ -140,7 +140,7 @@ def bits(key: Array, shape: tuple[int, ...]) -> Array:
         uint32, shape ``(..., *shape)``.
     """
     xp = array_api_compat.array_namespace(key)
-    return _unsigned(xp, _signed_bits(xp, key, shape))
+    return xp.reshape(_unsigned(xp, _signed_bits(xp, key, shape)), (*key.shape[:-1], *shape))
 
 
 def uniform(key: Array, shape: tuple[int, ...], precision: Precision = "float32") -> Array:
@@ -159,7 +159,8 @@ def uniform(key: Array, shape: tuple[int, ...], precision: Precision = "float32"
         float32, shape ``(..., *shape)``; every value is representable in `precision`.
     """
     xp = array_api_compat.array_namespace(key)
-    return _uniform_of(xp, _mantissas(xp, key, shape, precision), MANTISSA_BITS[precision])
+    drawn = _uniform_of(xp, _mantissas(xp, key, shape, precision), MANTISSA_BITS[precision])
+    return xp.reshape(drawn, (*key.shape[:-1], *shape))
 
 
 def normal(key: Array, shape: tuple[int, ...], precision: Precision = "float32") -> Array:
@@ -177,9 +178,16 @@ def normal(key: Array, shape: tuple[int, ...], precision: Precision = "float32")
     xp = array_api_compat.array_namespace(key)
     k = _mantissas(xp, key, shape, precision)
     if precision == "float32":
-        return _erfinv(xp, _uniform_of(xp, k, 23)) * SQRT2
-    table = xp.asarray(narrow_normals(precision), device=array_api_compat.device(key))
-    return xp.reshape(xp.take(table, xp.reshape(k, (-1,))), k.shape)
+        drawn = _erfinv(xp, _uniform_of(xp, k, 23)) * SQRT2
+    else:
+        table = xp.asarray(narrow_normals(precision), device=array_api_compat.device(key))
+        drawn = xp.take(table, xp.reshape(k, (-1,)))
+    return xp.reshape(drawn, (*key.shape[:-1], *shape))
+
+
+def _key_of(xp: Any, words: list[int], device: Any) -> Array:
+    # NumPy 1 knows no devices.
+    return xp.asarray(words, dtype=xp.uint32, **({} if device is None else {"device": device}))
 
 
 def _block(k0: Array, k1: Array, x1: Array) -> tuple[Array, Array]:
@@ -213,13 +221,14 @@ def _counter(xp: Any, n: int, device: Any) -> Array:
 
 
 def _signed_bits(xp: Any, key: Array, shape: tuple[int, ...]) -> Array:
+    """The bits as int32, the elements of a draw along one last axis: NumPy 1 would widen those of shape ``()``."""
     k0, k1 = _words(xp, key)
     y0, y1 = _block(k0, k1, _counter(xp, math.prod(shape), array_api_compat.device(key)))
-    return xp.reshape(y0 ^ y1, (*key.shape[:-1], *shape))
+    return y0 ^ y1
 
 
 def _mantissas(xp: Any, key: Array, shape: tuple[int, ...], precision: Precision) -> Array:
-    """The mantissa bits of each element, int32 in [0, 2**m)."""
+    """The mantissa bits of each element, int32 in [0, 2**m), along one last axis."""
     if precision not in MANTISSA_BITS:
         raise ValueError(f"`precision` must be one of {', '.join(map(repr, MANTISSA_BITS))}, got {precision!r}")
     # A float is filled from as many bits as it is wide: the top 23 of 32, the top 7 of 8, the top 10 of 16.
@@ -250,7 +259,9 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 def narrow_normals(precision: Precision) -> np.ndarray:
     """The normal of every mantissa of a 16-bit dtype, float32: few enough to tabulate, hence equal everywhere."""
     mantissa_bits = MANTISSA_BITS[precision]
-    erfinv = _erfinv(np, _uniform_of(np, np.arange(2**mantissa_bits, dtype=np.int32), mantissa_bits))
+    mantissas = np.arange(2**mantissa_bits, dtype=np.int32)
+    xp = array_api_compat.array_namespace(mantissas)
+    erfinv = _erfinv(xp, _uniform_of(xp, mantissas, mantissa_bits))
     sqrt2 = round_to(np.asarray([SQRT2], dtype=np.float32), precision)
     return round_to(round_to(erfinv, precision) * sqrt2, precision)
 

@@ -159,7 +159,8 @@ def direction(
             total = total + low_rank_sum(coefficients, low_rank_noise(chunk_keys, layer, config.rank, precision))
         else:
             total = total + dense_sum(coefficients, dense_noise(chunk_keys, layer, precision))
-    return total * direction_scale(config, low_rank=low_rank)
+    # NumPy 1 widens a number of shape () that is multiplied with a float.
+    return xp.astype(total * direction_scale(config, low_rank=low_rank), xp.float32)
 
 
 def _columns(xp: Any, factor: Array, stack: int) -> Array:

@@ -408,7 +408,7 @@ class Trainer(torch.optim.Optimizer):
 
 
 def _as_groups(params: Any) -> list[Any]:
-    if isinstance(params, Tensor | dict | str) or not isinstance(params, Iterable):
+    if isinstance(params, Tensor | nn.Module | dict | str) or not isinstance(params, Iterable):
         raise TypeError(
             "`params` must be parameters, such as model.parameters(), or a list of parameter groups, "
             f"got {type(params).__name__}"

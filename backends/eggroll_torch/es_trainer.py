@@ -149,11 +149,7 @@ class VanillaESTrainer(ESTrainer):
         )
         keys = threefry.fold_in(generation_key, torch.arange(population_size, dtype=torch.int32))
         size = sum(parameter.numel() for parameter in self._trainable.values())
-        return threefry.draw_normals(
-            keys.unsqueeze(1).to(self.device),
-            torch.zeros(size, dtype=torch.int64, device=self.device),
-            torch.arange(size, dtype=torch.int32, device=self.device),
-        )
+        return threefry.Rows([size], self.device).normals(keys.unsqueeze(1).to(self.device))
 
     def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
         shifted = fitnesses - fitnesses[0]

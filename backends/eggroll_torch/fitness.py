@@ -51,9 +51,7 @@ def member_fitness(fitness_fn: Callable[[nn.Module], Any], model: nn.Module) -> 
     """What `fitness_fn` says of a model, as a float."""
     value = fitness_fn(model)
     try:
-        if isinstance(value, str | bytes):
-            raise TypeError
-        return float(value)
+        return _number(value)
     except (TypeError, ValueError, RuntimeError):
         shape = getattr(value, "shape", None)
         seen = f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else repr(value)
@@ -83,10 +81,16 @@ def _as_float64(fitness: Any, members: int) -> Tensor:
         return torch.from_numpy(fitness.astype(np.float64))
     if isinstance(fitness, list | tuple):
         try:
-            return torch.tensor([float(value) for value in fitness], dtype=torch.float64)
+            return torch.tensor([_number(value) for value in fitness], dtype=torch.float64)
         except (TypeError, ValueError):
             raise TypeError(f"`fitness` must be {members} numbers, got {fitness!r:.80}") from None
     raise TypeError(f"`fitness` must be a tensor, an array or a list of {members} numbers, got {fitness!r:.80}")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):  # which float() would parse
+        raise TypeError
+    return float(value)
 
 
 def _some(indices: list[int]) -> str:

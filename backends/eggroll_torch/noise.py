@@ -156,32 +156,32 @@ class NoiseSource:
 
 
 class _RowLayout:
-    """Where in a row of noise each parameter's draw lies, for every precision a block of its own."""
+    """Where in a row of noise each parameter's draw lies; every precision has rows of its own."""
 
     def __init__(self, parameters: Sequence[ParameterNoise], device: torch.device):
-        self._blocks = []
-        first_key = 0
-        by_precision: dict[prng.Precision, list[tuple[ParameterNoise, int]]] = {}
+        by_precision: dict[prng.Precision, list[ParameterNoise]] = {}
+        first_key: dict[str, int] = {}
+        keys = 0
         for parameter in parameters:
-            by_precision.setdefault(parameter.precision, []).append((parameter, first_key))
-            first_key += parameter.layers
+            by_precision.setdefault(parameter.precision, []).append(parameter)
+            first_key[parameter.name] = keys
+            keys += parameter.layers
+        self._blocks = []
         for precision, members in by_precision.items():
-            key_of, counter = [], []
-            for parameter, key in members:
-                size = parameter.draw_size // parameter.layers
-                key_of.append(torch.arange(key, key + parameter.layers).repeat_interleave(size))
-                counter.append(torch.arange(size, dtype=torch.int32).repeat(parameter.layers))
-            self._blocks.append(
-                (precision, [p for p, _ in members], torch.cat(key_of).to(device), torch.cat(counter).to(device))
-            )
+            layers = [
+                (p.draw_size // p.layers, first_key[p.name] + layer) for p in members for layer in range(p.layers)
+            ]
+            rows = threefry.Rows([length for length, _ in layers], device)
+            which = torch.tensor([key for _, key in layers], device=device)
+            self._blocks.append((precision, members, rows, which))
 
     def draw(self, keys: Tensor) -> dict[str, perturbation.LowRank | Tensor]:
         """The noise by parameter name for rows of keys, int32 of shape ``(draws, n_keys, 2)``."""
         noise: dict[str, perturbation.LowRank | Tensor] = {}
-        for precision, parameters, key_of, counter in self._blocks:
-            rows = threefry.draw_normals(keys, key_of, counter, precision)
+        for precision, parameters, rows, which in self._blocks:
+            drawn = rows.normals(keys.index_select(1, which), precision)
             sizes = [parameter.draw_size for parameter in parameters]
-            for parameter, flat in zip(parameters, rows.split(sizes, dim=1), strict=True):
+            for parameter, flat in zip(parameters, torch.split(drawn, sizes, dim=1), strict=True):
                 shaped = flat.reshape(len(flat), *parameter.stack, *parameter.draw_shape)
                 if parameter.kind == "dense":
                     noise[parameter.name] = shaped

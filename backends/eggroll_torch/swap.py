@@ -36,7 +36,9 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     Also when the body raises, is interrupted, or put other tensors in their place.
     """
-    tables = [(table, dict(table)) for module in model.modules() for table in (module._parameters, module._buffers)]
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table)) for module in model.modules() for table in (module._parameters, module._buffers)
+    ]
     parameters = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.data) for buffer in model.buffers()]
 

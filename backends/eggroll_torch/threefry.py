@@ -1,22 +1,31 @@
 """Fast Threefry draws in PyTorch, equal to `eggroll.prng` (integers to the bit, normals to a few ULP).
 
-`eggroll.prng` allocates a new array for each of the 130 operations of a block. Here they run in place, on blocks of
-elements that stay in the cache, and one call draws a whole row of different keys: the noise of every parameter of a
-member is one row, so a model of many small parameters costs no more than one large one.
+`eggroll.prng` allocates a new array for each of the 130 operations of a block. Here they run in place, and one call
+draws rows in which every element has its own key, so the noise of all parameters of a member is one row and a model
+of many small parameters costs no more than one large one.
+
+On a CPU the rounds run in NumPy, whose unsigned integers shift logically and whose calls cost a quarter of PyTorch's,
+on blocks that stay in the cache, one thread for each of PyTorch's. Elsewhere they run in PyTorch's int32.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eggroll import prng
 
-__all__ = ["draw_normals", "draw_uniforms", "fold_in"]
+__all__ = ["Rows", "draw_uniforms", "fold_in"]
 
-# Two int32 words and a scratch one of this many elements stay in the second-level cache of two cores.
-_BLOCK = 1 << 17
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+# Words of a block: large enough that the work outweighs the calls, small enough for a core's second-level cache.
+_BLOCK = 1 << 16
 
 
 def fold_in(keys: Tensor, data: Tensor) -> Tensor:
@@ -34,19 +43,91 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     return torch.stack([x0, x1], dim=-1)
 
 
-def draw_normals(keys: Tensor, key_of: Tensor, counter: Tensor, precision: prng.Precision = "float32") -> Tensor:
-    """Standard normal rows in which every element has its own key and counter.
+class Rows:
+    """Draws rows that hold, side by side, the draws of several keys.
 
     Args:
-        keys: int32, shape ``(rows, n_keys, 2)``.
-        key_of: int64, shape ``(row_length,)``, which of the row's keys an element is drawn from.
-        counter: int32, shape ``(row_length,)``, the index of the element in the draw of its key.
-        precision: the dtype to draw in, see `eggroll.prng.normal`.
-
-    Returns:
-        float32, shape ``(rows, row_length)``.
+        lengths: elements drawn from each key.
+        device: where the rows are drawn.
     """
-    return _draw(keys, key_of, counter, lambda bits: _normal_(bits, precision))
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self._lengths = list(lengths)
+        self._bounds = np.concatenate([[0], np.cumsum(self._lengths)]).tolist()
+        counters = [np.arange(length, dtype=np.uint32) for length in self._lengths]
+        self._counter = np.concatenate(counters) if counters else np.empty(0, np.uint32)
+        self.device = device
+        if device.type != "cpu":
+            self._counter_there = torch.from_numpy(self._counter.view(np.int32)).to(device)
+            key_of = torch.arange(len(self._lengths)).repeat_interleave(torch.tensor(self._lengths))
+            self._key_of_there = key_of.to(device)
+
+    @property
+    def length(self) -> int:
+        """Elements in a row."""
+        return len(self._counter)
+
+    def normals(self, keys: Tensor, precision: prng.Precision = "float32") -> Tensor:
+        """Standard normal rows.
+
+        Args:
+            keys: int32, shape ``(rows, n_keys, 2)``.
+            precision: the dtype to draw in, see `eggroll.prng.normal`.
+
+        Returns:
+            float32, shape ``(rows, length)``.
+        """
+        return self.draw(keys, lambda bits: _normals(bits, precision))
+
+    def draw(self, keys: Tensor, floats: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows of what `floats` makes of the elements' 32 random bits, which come as int32 and may be overwritten."""
+        rows = keys.shape[0]
+        if self.device.type != "cpu":
+            k0, k1 = (keys[..., word].index_select(1, self._key_of_there) for word in (0, 1))
+            x0, x1 = _block(k0, k1, k1 + self._counter_there)
+            return floats(x0.bitwise_xor_(x1))
+        out = torch.empty(rows, self.length, dtype=torch.float32)
+        words = keys.contiguous().numpy().view(np.uint32)
+        columns = max(1, min(self.length, _BLOCK))
+        block_rows = max(1, _BLOCK // columns)
+
+        def fill(corner: tuple[int, int]) -> None:
+            row, column = corner
+            bits = self._bits(words[row : row + block_rows], column, min(column + columns, self.length))
+            block = out[row : row + block_rows, column : column + columns]
+            block.copy_(floats(torch.from_numpy(bits.view(np.int32))))
+
+        corners = [(row, column) for row in range(0, rows, block_rows) for column in range(0, self.length, columns)]
+        if len(corners) > 1 and torch.get_num_threads() > 1:
+            list(_threads(torch.get_num_threads()).map(fill, corners))
+        else:
+            for corner in corners:
+                fill(corner)
+        return out
+
+    def _bits(self, words: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """The bits of some columns for rows of keys, uint32, in NumPy."""
+        k0 = np.empty((len(words), stop - start), np.uint32)
+        k1 = np.empty_like(k0)
+        for key, (first, last) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
+            here = slice(max(first, start) - start, min(last, stop) - start)
+            if here.start < here.stop:
+                k0[:, here] = words[:, key, :1]
+                k1[:, here] = words[:, key, 1:]
+        x0, x1 = k0.copy(), k1 + self._counter[start:stop]
+        keys = (k0, k1, (k0 ^ k1) ^ np.uint32(_PARITY))
+        scratch = np.empty_like(x1)
+        for group in range(5):
+            for rotation in _ROTATIONS[group % 2]:
+                np.add(x0, x1, out=x0)
+                np.right_shift(x1, np.uint32(32 - rotation), out=scratch)
+                np.left_shift(x1, np.uint32(rotation), out=x1)
+                np.bitwise_or(x1, scratch, out=x1)
+                np.bitwise_xor(x1, x0, out=x1)
+            np.add(x0, keys[(group + 1) % 3], out=x0)
+            np.add(x1, keys[(group + 2) % 3], out=x1)
+            np.add(x1, np.uint32(group + 1), out=x1)
+        return np.bitwise_xor(x0, x1, out=x0)
 
 
 def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -55,42 +136,25 @@ def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
     Args:
         keys: int32, shape ``(..., 2)``.
     """
-    size = math.prod(shape)
-    rows = _draw(
+    rows = Rows([math.prod(shape)], keys.device).draw(
         keys.reshape(-1, 1, 2),
-        torch.zeros(size, dtype=torch.int64, device=keys.device),
-        torch.arange(size, dtype=torch.int32, device=keys.device),
         lambda bits: bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24),
     )
     return rows.view(*keys.shape[:-1], *shape)
 
 
-def _draw(keys: Tensor, key_of: Tensor, counter: Tensor, floats: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rows of float32 made, block by block, from the bits of every element's key and counter."""
-    rows, length = keys.shape[0], key_of.shape[0]
-    out = torch.empty(rows, length, dtype=torch.float32, device=keys.device)
-    block = _BLOCK if keys.device.type == "cpu" else max(rows * length, 1)
-    columns = min(length, block)
-    block_rows = max(1, block // max(columns, 1))
-    for row in range(0, rows, block_rows):
-        row_keys = keys[row : row + block_rows]
-        for column in range(0, length, columns):
-            here = slice(column, column + columns)
-            k0 = row_keys[..., 0].index_select(1, key_of[here])
-            k1 = row_keys[..., 1].index_select(1, key_of[here])
-            x0, x1 = _block(k0, k1, k1 + counter[here])
-            out[row : row + block_rows, here] = floats(x0.bitwise_xor_(x1))
-    return out
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="eggroll-noise")
 
 
 def _block(k0: Tensor, k1: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """Threefry-2x32-20 of the counter ``(0, x1 - k1)``; overwrites `x1`. int32 wraps where uint32 would."""
-    k2 = (k0 ^ k1).bitwise_xor_(0x1BD11BDA)
-    keys = (k0, k1, k2)
+    keys = (k0, k1, (k0 ^ k1).bitwise_xor_(_PARITY))
     x0 = k0.clone()
     scratch = torch.empty_like(x1)
     for group in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+        for rotation in _ROTATIONS[group % 2]:
             x0.add_(x1)
             torch.bitwise_right_shift(x1, 32 - rotation, out=scratch)
             # int32 shifts right arithmetically: the mask makes the shift logical.
@@ -103,7 +167,7 @@ def _block(k0: Tensor, k1: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     return x0, x1
 
 
-def _normal_(bits: Tensor, precision: prng.Precision) -> Tensor:
+def _normals(bits: Tensor, precision: prng.Precision) -> Tensor:
     """Normals from 32 random bits each; overwrites `bits`. See `eggroll.prng.normal`."""
     if precision != "float32":
         mantissa_bits = prng.MANTISSA_BITS[precision]
@@ -121,7 +185,7 @@ def _normal_(bits: Tensor, precision: prng.Precision) -> Tensor:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    value = (x * coefficients[0]).add_(coefficients[1])
+    value: Any = (x * coefficients[0]).add_(coefficients[1])
     for coefficient in coefficients[2:]:
         value.mul_(x).add_(coefficient)
     return value

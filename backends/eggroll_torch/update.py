@@ -49,7 +49,7 @@ def direction(
             if isinstance(noise, perturbation.LowRank):
                 _add_low_rank_sum_(total, c, noise)
             else:
-                total.view(-1).addmv_(noise.flatten(1).to(total.dtype).mT, c)
+                total.view(-1).addmv_(noise.reshape(len(noise), -1).to(total.dtype).mT, c)
         if progress is not None:
             progress()
     return {
