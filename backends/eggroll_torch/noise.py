@@ -1,7 +1,8 @@
 """The noise of all trained parameters, drawn for a chunk of members at a time.
 
 The draws of every parameter lie side by side in one row for each draw, so a chunk is one call of the generator. The
-last chunk is kept: a population that fits into one chunk draws its noise once, for the forward pass and the update.
+last chunk is kept, and others as long as they are small together: a population whose noise fits draws it once, for
+the forward pass and the update; a larger one draws it twice and needs no more memory.
 """
 
 import math
@@ -55,8 +56,12 @@ class ChunkNoise:
     noise: dict[str, perturbation.LowRank | Tensor]
 
 
+# Numbers that are kept besides those of the last chunk (16 MiB).
+_KEPT = 1 << 22
+
+
 class NoiseSource:
-    """Draws the noise of one generation, chunk by chunk, and keeps the last chunk.
+    """Draws the noise of one generation, chunk by chunk, and keeps the last chunk and a few others.
 
     Args:
         parameters: what is perturbed.
@@ -79,6 +84,7 @@ class NoiseSource:
         self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(self.device)
         self._layout = _RowLayout(self.parameters, self.device)
         self._last: ChunkNoise | None = None
+        self._kept: dict[range, ChunkNoise] = {}
 
     @property
     def members_per_draw(self) -> int:
@@ -92,24 +98,32 @@ class NoiseSource:
 
     def holds(self, members: range) -> bool:
         """Whether the noise of these members is there already."""
-        return self._last is not None and self._last.members == members
+        return members in self._kept or (self._last is not None and self._last.members == members)
 
     @torch.no_grad()
     def chunk(self, members: range) -> ChunkNoise:
         """The noise of consecutive members that start at, and hold, whole pairs."""
-        if self._last is not None and self.holds(members):
+        if members in self._kept:
+            return self._kept[members]
+        if self._last is not None and self._last.members == members:
             return self._last
         self._last = None  # drop the old chunk before the new one is drawn
         index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self.device)
         draws, signs = perturbation.draws_and_signs(index, self.config)
         rows = threefry.fold_in(self._generation_keys, draws[:: self.members_per_draw, None])
-        self._last = ChunkNoise(members, signs, self._layout.draw(rows))
-        return self._last
+        drawn = ChunkNoise(members, signs, self._layout.draw(rows))
+        if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= _KEPT * self.members_per_draw:
+            self._kept[members] = drawn
+        else:
+            self._last = drawn
+        return drawn
 
     def chunk_with(self, member: int) -> ChunkNoise:
-        """A chunk that holds `member`: the last one, or that of its draw alone."""
-        if self._last is not None and member in self._last.members:
-            return self._last
+        """A chunk that holds `member`: one that is there, or that of its draw alone."""
+        there = (*self._kept.values(), *(() if self._last is None else (self._last,)))
+        for chunk in there:
+            if member in chunk.members:
+                return chunk
         start = member - member % self.members_per_draw
         return self.chunk(range(start, start + self.members_per_draw))
 

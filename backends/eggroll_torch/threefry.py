@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -178,14 +177,18 @@ def _normals(bits: Tensor, precision: prng.Precision) -> Tensor:
     u = mantissas.mul_(4).sub_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
     w = torch.mul(u, u).neg_().log1p_().neg_()
     normals = _polynomial(prng.ERFINV_CENTRAL, w - 2.5)
-    # One draw in 300 lies in the tail: evaluate its polynomial there alone.
-    tail = (w >= 5.0).flatten().nonzero().squeeze(1)
-    normals.view(-1)[tail] = _polynomial(prng.ERFINV_TAIL, w.flatten()[tail].sqrt_().sub_(3.0))
+    if w.device.type == "cpu":
+        # One draw in 300 lies in the tail: evaluate its polynomial there alone.
+        tail = torch.from_numpy(np.flatnonzero(w.numpy() >= 5.0))
+        normals.view(-1)[tail] = _polynomial(prng.ERFINV_TAIL, w.view(-1)[tail].sqrt_().sub_(3.0))
+    else:
+        # Finding them would wait for the device.
+        normals = torch.where(w >= 5.0, _polynomial(prng.ERFINV_TAIL, w.sqrt().sub_(3.0)), normals)
     return normals.mul_(u).mul_(prng.SQRT2)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    value: Any = (x * coefficients[0]).add_(coefficients[1])
+    value = (x * coefficients[0]).add_(coefficients[1])
     for coefficient in coefficients[2:]:
         value.mul_(x).add_(coefficient)
     return value

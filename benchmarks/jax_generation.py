@@ -1,0 +1,288 @@
+"""A whole generation in JAX: this library against the same generation written in the reference's way.
+
+    python benchmarks/jax_generation.py [--repeats 15] [--out docs/benchmarks]
+
+The baseline draws a member's noise inside its forward pass, for every thread anew, and again for the whole
+population at once in the update, with `jax.random`. Writes ``jax_generation.json``, ``.md`` and ``.png``.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+from eggroll import EggrollConfig
+from eggroll.jax import es_value_and_grad
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SIGMA, RATE = 0.05, 0.1
+KEY = jax.random.key(0)
+BASELINE = "reference's way"
+
+
+# The models, as functions of a parameter tree and of how a matrix multiplies
+
+
+def mlp(mm, vector, params, x):
+    layers = sorted(params)
+    for layer in layers:
+        x = mm(x, params[layer]["weight"], (layer, "weight")) + vector(params[layer]["bias"], (layer, "bias"))
+        x = jax.nn.relu(x) if layer != layers[-1] else x
+    return x
+
+
+def transformer(mm, vector, params, x):
+    for layer in sorted(params):
+        own = params[layer]
+
+        def norm(name, x, own=own, layer=layer):
+            centered = x - jnp.mean(x, -1, keepdims=True)
+            scaled = centered * jax.lax.rsqrt(jnp.mean(centered**2, -1, keepdims=True) + 1e-5)
+            return scaled * vector(own[name], (layer, name))
+
+        def linear(name, x, own=own, layer=layer):
+            return mm(x, own[name], (layer, name))
+
+        h = norm("norm1", x)
+        q, k, v = (linear(name, h).reshape(*h.shape[:-1], 8, -1) for name in ("q", "k", "v"))
+        x = x + linear("o", jax.nn.dot_product_attention(q, k, v).reshape(h.shape))
+        x = x + linear("down", jax.nn.gelu(linear("up", norm("norm2", x))))
+    return x
+
+
+def mlp_params(sizes):
+    return {
+        str(place): {
+            "bias": jnp.zeros(after),
+            "weight": jax.random.normal(jax.random.key(place), (after, before)) / math.sqrt(before),
+        }
+        for place, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    }
+
+
+def transformer_params(layers, d):
+    shapes = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "up": (4 * d, d), "down": (d, 4 * d)}
+    return {
+        str(layer): {
+            "norm1": jnp.ones(d),
+            "norm2": jnp.ones(d),
+            **{
+                name: jax.random.normal(jax.random.fold_in(KEY, 10 * layer + place), shape) / math.sqrt(shape[1])
+                for place, (name, shape) in enumerate(shapes.items())
+            },
+        }
+        for layer in range(layers)
+    }
+
+
+def fitness_of(model):
+    def fitness(mm, vector, params, x):
+        return -jnp.mean((model(mm, vector, params, x) - 0.5) ** 2)
+
+    return fitness
+
+
+WORKLOADS = {
+    "W1": ("MLP 784-256-256-10, 1024 members x 32 shared inputs, rank 1", mlp, lambda: mlp_params([784, 256, 256, 10]),
+           (32, 784), 1024),
+    "W5": ("Transformer of 4 layers, d=256, 64 members x 4 x 64 tokens, rank 1", transformer,
+           lambda: transformer_params(4, 256), (4, 64, 256), 64),
+}  # fmt: skip
+
+
+# The three generations
+
+
+def inference(model, members):
+    """Pure batched inference of the unperturbed model, on rows of its own for each member."""
+
+    def forward(params, generation, x):
+        rows = jnp.broadcast_to(x, (members, *x.shape)) + jnp.arange(members).reshape(-1, *[1] * x.ndim)
+        scores = jax.vmap(lambda x: fitness_of(model)(lambda x, w, _: x @ w.T, lambda v, _: v, params, x))(rows)
+        return params, scores + generation
+
+    return forward
+
+
+def ours(model, members, batch_size=None):
+    config = EggrollConfig(population_size=members, sigma=SIGMA)
+
+    def fitness(params, x):
+        return fitness_of(model)(lambda x, w, _: x @ w.T, lambda v, _: v, params, x)
+
+    step = es_value_and_grad(fitness, config, maximize=True, batch_size=batch_size, strict=True)
+
+    def generation(params, number, x):
+        value, gradient = step(params, KEY, number, x)
+        return jax.tree.map(lambda p, g: p - RATE * g, params, gradient), value
+
+    return generation
+
+
+def reference_way(model, members):
+    """Every thread draws its own noise where it is used; the update draws that of all threads again."""
+
+    def factors(key, shape, number, thread):
+        key = jax.random.fold_in(jax.random.fold_in(key, number), thread // 2)
+        sign = jnp.where(thread % 2 == 0, 1.0, -1.0)
+        if len(shape) == 1:
+            return sign * SIGMA * jax.random.normal(key, shape)
+        both = jax.random.normal(key, (sum(shape), 1))
+        return sign * SIGMA * both[shape[1] :], both[: shape[1]]
+
+    def generation(params, number, x):
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.tree.unflatten(treedef, list(jax.random.split(KEY, len(leaves))))
+
+        def score(thread):
+            def mm(x, w, path):
+                a, b = factors(keys[path[0]][path[1]], w.shape, number, thread)
+                return x @ w.T + (x @ b) @ a.T
+
+            def vector(v, path):
+                return v + factors(keys[path[0]][path[1]], v.shape, number, thread)
+
+            return fitness_of(model)(mm, vector, params, x)
+
+        threads = jnp.arange(members)
+        scores = jax.vmap(score)(threads)
+        weights = (scores - scores.mean()) / jnp.sqrt(scores.var() + 1e-5)
+
+        def update(p, key):
+            noise = jax.vmap(lambda thread: factors(key, p.shape, number, thread))(threads)
+            if p.ndim == 1:
+                mean = weights @ noise / members
+            else:
+                mean = jnp.einsum("nir,njr->ij", weights[:, None, None] * noise[0], noise[1]) / members
+            return p + RATE * math.sqrt(members) * mean
+
+        return jax.tree.map(update, params, keys), scores.mean()
+
+    return generation
+
+
+def measure(functions, arguments, repeats):
+    """Median milliseconds of each, taken in turns so that a busy machine slows them alike."""
+    compiled = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
+    times = {name: [] for name in compiled}
+    for repeat in range(repeats + 2):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            if repeat >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def agreement(functions, arguments):
+    """The largest difference of the parameters after one generation, relative to the largest step."""
+    params = arguments[0]
+    after = [jax.jit(functions[name])(*arguments)[0] for name in ("eggroll.jax", BASELINE)]
+    steps = [jax.tree.map(jnp.subtract, tree, params) for tree in after]
+    gap = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, steps), strict=True))
+    return gap / max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(steps[1]))
+
+
+def memory(populations, batch_size):
+    """Peak bytes of temporaries of a compiled generation of a small MLP, by the compiler's own account."""
+    params, x = mlp_params([64, 64, 8]), jnp.ones((8, 64))
+    result = {}
+    for members in populations:
+        for name, chunk in (("chunked", batch_size), ("whole", None)):
+            compiled = jax.jit(ours(mlp, members, chunk)).lower(params, 0, x).compile()
+            result.setdefault(name, {})[members] = compiled.memory_analysis().temp_size_in_bytes
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks")
+    options = parser.parse_args()
+    report = {
+        "device": str(jax.devices()[0].device_kind),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "load_average": os.getloadavg()[0],
+        "repeats": options.repeats,
+        "workloads": {},
+    }
+    for name, (text, model, make, shape, members) in WORKLOADS.items():
+        arguments = (make(), 0, jax.random.normal(KEY, shape))
+        functions = {
+            "inference": inference(model, members),
+            "eggroll.jax": ours(model, members),
+            BASELINE: reference_way(model, members),
+        }
+        times = measure(functions, arguments, options.repeats)
+        ratio = times["eggroll.jax"] / times[BASELINE]
+        gap = agreement(functions, arguments)
+        report["workloads"][name] = {"text": text, "ms": times, "ratio": ratio, "relative_gap": gap}
+        print(name, {key: round(value, 1) for key, value in times.items()}, f"ratio {ratio:.2f}, gap {gap:.1e}")
+    populations = [2**power for power in range(8, 15, 2)]
+    report["memory"] = {"batch_size": 128, "bytes": memory(populations, 128)}
+    print("memory", report["memory"])
+    write(report, options.out)
+
+
+def write(report, out):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "jax_generation.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [
+        "# One generation in JAX",
+        "",
+        f"{report['device']}, {report['cores']} cores, jax {report['jax']}; medians of {report['repeats']} runs taken in "
+        f"turns, load average {report['load_average']:.1f} at the start. `python benchmarks/jax_generation.py`.",
+        "",
+        "| | inference, ms | eggroll.jax, ms | reference's way, ms | eggroll / reference's way |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in report["workloads"].items():
+        ms = row["ms"]
+        lines.append(
+            f"| {name}: {row['text']} | {ms['inference']:.1f} | {ms['eggroll.jax']:.1f} | "
+            f"{ms[BASELINE]:.1f} | {row['ratio']:.2f} |"
+        )
+    lines += [
+        "",
+        "Inference runs the unperturbed model on rows of its own for each member; in W1 the members share their inputs, "
+        "which saves the first layer's product.",
+        "",
+        f"Temporaries of a compiled generation of an MLP 64-64-8, in MiB, {report['memory']['batch_size']} members at a "
+        "time and all at once:",
+        "",
+        "| members | chunked | whole |",
+        "|---|---|---|",
+    ]
+    sizes = report["memory"]["bytes"]
+    lines += [f"| {n} | {sizes['chunked'][n] / 2**20:.2f} | {sizes['whole'][n] / 2**20:.2f} |" for n in sizes["whole"]]
+    (out / "jax_generation.md").write_text("\n".join(lines) + "\n")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for place, (name, row) in enumerate(report["workloads"].items()):
+        for shift, (kind, value) in enumerate(row["ms"].items()):
+            left.bar(place + 0.27 * (shift - 1), value, 0.25, color=f"C{shift}", label=kind if place == 0 else None)
+        left.text(place, 0, name, ha="center", va="bottom", color="white")
+    left.set(ylabel="ms for a generation", xticks=[])
+    left.legend(frameon=False)
+    for name, values in sizes.items():
+        right.loglog(list(values), [value / 2**20 for value in values.values()], "o-", label=name)
+    right.set(xlabel="members", ylabel="MiB of temporaries")
+    right.legend(frameon=False)
+    figure.savefig(out / "jax_generation.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
