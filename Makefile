@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-wheel lint bench bench-peers bench-jax parity clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -12,13 +12,30 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# The suite, on the wheel, from outside the repository.
+test-wheel: $(VENV)/.dev
+	$(BIN)/python tests/run_on_wheel.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+parity: $(VENV)/.dev
+	$(BIN)/python -m eggroll.parity
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/torch_generation.py $(if $(wildcard $(VENV)-peers/.peers),--peers $(VENV)-peers/bin/python)
+
+bench-jax: $(VENV)/.dev
+	$(BIN)/python benchmarks/jax_generation.py
+
+# The libraries that the benchmark compares with, in an environment of their own; `make bench` then includes them.
+bench-peers: $(VENV)-peers/.peers
+	$(MAKE) bench
+
 clean:
-	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers build dist out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,3 +50,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing eggroll with every backend and the development tools into $(VENV)"
 	$(PIP_INSTALL) -e '.[torch,jax,examples,dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)-peers/.peers: constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet -c constraints.txt torch evox==1.4.0 torcheggroll==0.2.0 evotorch==0.6.1
+	@touch $@
