@@ -1,0 +1,8 @@
+"""``python -m eggroll.parity``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
