@@ -1,0 +1,72 @@
+"""Perturbed arrays through `lax.scan`, `lax.cond` and `jax.checkpoint`; quax brings `jit` and `while`."""
+
+from typing import Any
+
+import jax
+import quax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core.primitives import cond_p, remat_p, scan_p
+from jaxtyping import ArrayLike
+
+from .perturbed import STACK, PerturbedArray, fall_back
+
+__all__: list[str] = []
+
+
+@quax.register(scan_p, precedence=1)
+def _(
+    *args: PerturbedArray | ArrayLike,
+    jaxpr: ClosedJaxpr,
+    num_consts: int,
+    num_carry: int,
+    length: int,
+    reverse: bool,
+    unroll: int | bool,
+    **params: Any,
+) -> Any:
+    """A loop over stacked layers takes the leading axis of every factor; one over the rows of a matrix cannot."""
+    consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
+    layers = tuple(
+        fall_back(x, "scan over a matrix axis") if isinstance(x, PerturbedArray) and x.axes[0] != STACK else x
+        for x in xs
+    )
+    interpret = quax.quaxify(jaxpr_as_fun(jaxpr))
+
+    def body(carry: Any, layer: Any) -> Any:
+        out = interpret(*consts, *carry, *layer)
+        return tuple(out[:num_carry]), tuple(out[num_carry:])
+
+    # A weight that is carried and comes back as it went in stays lazy; any other carry is dense from the start.
+    one_layer = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], layers)) if length else None
+    after = jax.eval_shape(body, carry, one_layer)[0] if length else carry
+    settled = tuple(
+        fall_back(old, "scan carry") if isinstance(old, PerturbedArray) and not _same_structure(old, new) else old
+        for old, new in zip(carry, after, strict=True)
+    )
+    last, ys = lax.scan(body, settled, layers, length=length, reverse=reverse, unroll=unroll)
+    return [*last, *ys]
+
+
+def _same_structure(old: Any, new: Any) -> bool:
+    structures: list[Any] = [jax.tree.structure(old), jax.tree.structure(new)]
+    return bool(structures[0] == structures[1])
+
+
+@quax.register(remat_p)
+def _(*args: PerturbedArray | ArrayLike, jaxpr: Any, prevent_cse: Any, policy: Any, **params: Any) -> Any:
+    closed = ClosedJaxpr(jaxpr, ())
+    return jax.checkpoint(quax.quaxify(jaxpr_as_fun(closed)), prevent_cse=prevent_cse, policy=policy)(*args)
+
+
+@quax.register(cond_p, precedence=1)
+def _(index: ArrayLike, *args: PerturbedArray | ArrayLike, branches: Any, **params: Any) -> Any:
+    """Members may differ in which branch they take, so all are computed, which is what `jax.vmap` makes of it too.
+
+    It would also copy the operands, the weights among them, for every member; hence this rule.
+    """
+    if not any(isinstance(arg, PerturbedArray) for arg in args):
+        return cond_p.bind(index, *args, branches=branches, **params)
+    outs = [quax.quaxify(jaxpr_as_fun(branch))(*args) for branch in branches]
+    dense = [[fall_back(x, "cond") if isinstance(x, PerturbedArray) else x for x in out] for out in outs]
+    return [lax.select_n(index, *cases) for cases in zip(*dense, strict=True)]

@@ -1,0 +1,96 @@
+"""The noise of a model: which key every parameter gets, and all of a draw's numbers at once."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eggroll import EggrollConfig
+from eggroll.config import as_int
+from eggroll.perturbation import noise_precision
+
+from .keys import fold_in, key_words, split
+from .layout import Leaf, Plan
+from .noise import normals
+
+__all__ = ["draw", "draw_keys", "generation_keys"]
+
+Array = jax.Array
+
+
+def generation_keys(chosen: Plan, key: Any, generation: Any, config: EggrollConfig) -> Array:
+    """The keys of a generation: uint32, shape ``(layers, 2)``, each layer of each parameter in turn.
+
+    Args:
+        key: the run's key, as the user passed it.
+        generation: a non-negative integer, possibly traced.
+    """
+    if isinstance(generation, int):
+        generation = as_int("generation", generation, 0)
+    elif not jnp.issubdtype(jnp.result_type(generation), jnp.integer) or jnp.ndim(generation) != 0:
+        raise TypeError(
+            f"`generation` must be an integer, got {jnp.result_type(generation)} of shape {jnp.shape(generation)}"
+        )
+    of_parameter = split(key_words(key), chosen.parameters)
+    keys = []
+    for leaf in chosen.leaves:
+        if leaf.layers:
+            own = of_parameter[leaf.index]
+            for length in leaf.stack_shape:
+                own = split(own, length)
+            keys.append(own.reshape(-1, 2))
+    epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
+    return fold_in(jnp.concatenate(keys), epoch)
+
+
+def draw_keys(keys: Array, draws: Array) -> Array:
+    """The keys of some draws, shape ``(n, layers, 2)``, from those of the generation and indices, shape ``(n,)``."""
+    return fold_in(keys, draws[:, None])
+
+
+def draw(chosen: Plan, keys: Array, config: EggrollConfig) -> list[Any]:
+    """The noise of draws, unscaled float32.
+
+    Args:
+        keys: uint32, shape ``(..., layers, 2)``, of any number of draws.
+
+    Returns:
+        For each leaf its factors, shapes ``(..., *stack, rows, rank)`` and ``(..., *stack, columns, rank)``; or its
+        dense noise, shape ``(..., *leaf.shape)``; or None if it is frozen.
+    """
+    lead = keys.shape[:-2]
+    places: dict[Any, list[int]] = {}
+    start = [0]
+    for place, leaf in enumerate(chosen.leaves):
+        start.append(start[-1] + leaf.layers)
+        if leaf.layers:
+            places.setdefault(noise_precision(config, str(jnp.dtype(leaf.dtype))), []).append(place)
+    noise: list[Any] = [None] * len(chosen.leaves)
+    for precision, group in places.items():
+        own = jnp.concatenate([keys[..., start[place] : start[place + 1], :] for place in group], axis=-2)
+        sizes = [
+            _elements(chosen.leaves[place], config) for place in group for _ in range(chosen.leaves[place].layers)
+        ]
+        numbers = normals(own, sizes, precision)
+        end = 0
+        for place in group:
+            leaf = chosen.leaves[place]
+            begin, end = end, end + leaf.layers * _elements(leaf, config)
+            noise[place] = _shaped(leaf, numbers[..., begin:end], lead, config)
+    return noise
+
+
+def _elements(leaf: Leaf, config: EggrollConfig) -> int:
+    """How many numbers one layer takes."""
+    if leaf.kind == "low_rank":
+        return sum(leaf.layer_shape) * config.rank
+    return math.prod(leaf.layer_shape)
+
+
+def _shaped(leaf: Leaf, numbers: Array, lead: tuple[int, ...], config: EggrollConfig) -> Any:
+    if leaf.kind == "dense":
+        return numbers.reshape(*lead, *leaf.shape)
+    rows, columns = leaf.layer_shape
+    both = numbers.reshape(*lead, *leaf.stack_shape, columns + rows, config.rank)
+    return both[..., columns:, :], both[..., :columns, :]

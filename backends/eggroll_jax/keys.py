@@ -1,0 +1,118 @@
+"""Threefry-2x32 for JAX: what `eggroll.prng` defines, whatever the user's flags are.
+
+What `jax.random` draws depends on ``jax_threefry_partitionable``; its primitive does not, so keys are derived with
+that. On CPU, though, the primitive is a loop that nothing fuses with, which is right for a few keys and slow for
+many numbers: bits are drawn by the rounds written out, one pass over the output together with what turns them into
+floats.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
+
+__all__ = ["fold_in", "key_words", "random_bits", "split"]
+
+Array = jax.Array
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+def key_words(key: Any) -> Array:
+    """The two words of a key that a JAX user passed.
+
+    Args:
+        key: one typed Threefry key (`jax.random.key`), or a legacy one (`jax.random.PRNGKey`): uint32, shape
+            ``(2,)``.
+
+    Returns:
+        uint32, shape ``(2,)``.
+
+    Raises:
+        TypeError: not a key, or one of another generator.
+        ValueError: an array of keys.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None:
+        raise TypeError(f"`key` must be a key such as `jax.random.key(0)`, got {key!r}")
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        implementation = str(jax.random.key_impl(key))
+        if implementation != "threefry2x32":
+            raise TypeError(f"`key` must be a threefry2x32 key, got one of {implementation}")
+        if key.shape != ():
+            raise ValueError(f"`key` must be a single key, got an array of keys of shape {key.shape}")
+        return jax.random.key_data(key)
+    if dtype != np.uint32 or tuple(key.shape) != (2,):
+        raise TypeError(
+            "`key` must be a key such as `jax.random.key(0)` or a legacy one, uint32 of shape (2,), "
+            f"got {dtype} of shape {tuple(key.shape)}"
+        )
+    return jnp.asarray(key)
+
+
+def fold_in(key: Array, data: Any) -> Array:
+    """A key derived from `key` and a number, as `eggroll.prng.fold_in`.
+
+    Args:
+        key: uint32, shape ``(..., 2)``.
+        data: integers that broadcast against the leading axes of `key`.
+
+    Returns:
+        uint32, shape ``(..., 2)``, with the broadcast leading axes.
+    """
+    data = jnp.asarray(data).astype(np.uint32)
+    return _derived(key[..., 0], key[..., 1], data)
+
+
+def split(key: Array, n: int) -> Array:
+    """`n` keys derived from each key, as `eggroll.prng.split`: uint32, shape ``(..., n, 2)``."""
+    counter = jnp.arange(n, dtype=np.uint32)
+    return _derived(key[..., :1], key[..., 1:], counter)
+
+
+def random_bits(keys: Array, sizes: Sequence[int]) -> Array:
+    """32 random bits for each element of several draws at once, as `eggroll.prng.bits` gives each of them.
+
+    One kernel for all the parameters of a model: the rounds written out take a compiler long enough to be compiled
+    once only.
+
+    Args:
+        keys: uint32, shape ``(..., len(sizes), 2)``.
+        sizes: elements of the draw of each key.
+
+    Returns:
+        uint32, shape ``(..., sum(sizes))``, the draws one after the other.
+    """
+    if sum(sizes) >= 2**31:
+        raise ValueError(f"one draw must have fewer than 2**31 elements, got {sum(sizes)}")
+    counter = jnp.concatenate([jnp.arange(size, dtype=np.uint32) for size in sizes])
+    of_key = jnp.concatenate([jnp.full(size, place, np.int32) for place, size in enumerate(sizes)])
+    words = keys if len(sizes) == 1 else keys.at[..., of_key, :].get(mode="promise_in_bounds")
+    y0, y1 = _rounds(words[..., 0], words[..., 1], counter)
+    return y0 ^ y1
+
+
+@jax.jit
+def _derived(k0: Array, k1: Array, low: Array) -> Array:
+    """The blocks of keys at the counters ``(0, low)`` as keys."""
+    k0, k1, low = jnp.broadcast_arrays(k0, k1, low)
+    # Zeros made of the counter: under `vmap` the primitive's loop wants both halves of it batched.
+    return jnp.stack(threefry2x32_p.bind(k0, k1, low ^ low, low), axis=-1)
+
+
+@jax.jit
+def _rounds(k0: Array, k1: Array, low: Array) -> tuple[Array, Array]:
+    """Twenty rounds on the counters ``(0, low)``; everything broadcasts. Jitted so that it is traced once."""
+    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    x0, x1 = k0, low + k1
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation)))
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1

@@ -1,0 +1,71 @@
+"""Normal numbers from keys, equal to the core's `eggroll.prng.normal` to 4 ULP, fused with the draw of their bits."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from eggroll.prng import MANTISSA_BITS, SQRT2, Precision, round_to
+
+from .keys import random_bits
+
+__all__ = ["normal", "normals", "uniform01"]
+
+Array = jax.Array
+
+
+def normals(keys: Array, sizes: Sequence[int], precision: Precision = "float32") -> Array:
+    """Standard normal numbers of several draws at once.
+
+    Args:
+        keys: uint32, shape ``(..., len(sizes), 2)``.
+        sizes: elements of the draw of each key.
+        precision: the dtype to draw in, see `eggroll.prng.normal`.
+
+    Returns:
+        float32, shape ``(..., sum(sizes))``, the draws one after the other.
+    """
+    # XLA repeats cheap producers in each consumer, and takes twenty rounds of integer arithmetic for cheap; on CPU it
+    # drops `optimization_barrier` before that. It never repeats a division, so divide by a 1 that it cannot foresee.
+    numbers = _normal(random_bits(keys, sizes), precision)
+    return numbers / (np.float32(1) + np.float32(0) * numbers)
+
+
+def normal(keys: Array, shape: Sequence[int], precision: Precision = "float32") -> Array:
+    """Standard normal numbers for each key: `keys` of shape ``(..., 2)`` give ``(..., *shape)``, float32."""
+    return normals(keys[..., None, :], [math.prod(shape)], precision).reshape(*keys.shape[:-1], *shape)
+
+
+def uniform01(keys: Array, shape: Sequence[int]) -> Array:
+    """Uniform float32 numbers on [0, 1) for each key, shape ``(..., *shape)``."""
+    bits = random_bits(keys[..., None, :], [math.prod(shape)])
+    return _unit(bits >> np.uint32(9)).reshape(*keys.shape[:-1], *shape)
+
+
+def _unit(mantissa: Array) -> Array:
+    """23 mantissa bits as a float32 on [0, 1)."""
+    return lax.bitcast_convert_type(mantissa | np.uint32(0x3F800000), np.float32) - np.float32(1)
+
+
+def _normal(bits: Array, precision: Precision) -> Array:
+    if precision == "float32":
+        low = np.nextafter(np.float32(-1), np.float32(0))
+        u = jnp.maximum(low, _unit(bits >> np.uint32(9)) * (np.float32(1) - low) + low)
+        return np.float32(SQRT2) * lax.erf_inv(u)
+    # The reference draws 16-bit floats from the low 8 or 16 bits and rounds erfinv and the product to the dtype.
+    mantissa_bits = MANTISSA_BITS[precision]
+    shift = {"bfloat16": 1, "float16": 6}[precision]
+    k = ((bits >> np.uint32(shift)) & np.uint32(2**mantissa_bits - 1)).astype(np.int32)
+    scale = 2 ** (mantissa_bits + 1)
+    u = (4 * k + (1 - scale)).astype(np.float32) * np.float32(1 / scale)
+    sqrt2 = round_to(np.asarray([SQRT2], dtype=np.float32), precision)[0]
+    return _round(_round(lax.erf_inv(u), precision) * sqrt2, precision)
+
+
+def _round(x: Array, precision: Precision) -> Array:
+    """float32 rounded to a narrow precision: `reduce_precision`, since XLA may drop a cast there and back."""
+    exponent_bits = {"bfloat16": 8, "float16": 5}[precision]
+    return lax.reduce_precision(x, exponent_bits, MANTISSA_BITS[precision])

@@ -1,0 +1,248 @@
+"""A population: one function of parameters, evaluated for every member without forming a member's weights."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from eggroll import EggrollConfig
+from eggroll.config import as_int
+from eggroll.perturbation import draws_and_signs
+
+from .draws import draw, draw_keys, generation_keys
+from .layout import Layout, Leaf, Plan, plan
+from .perturbed import PerturbedArray, one_warning_for_each_primitive
+from .tracing import trace
+
+__all__ = ["perturb", "population_apply"]
+
+Array = jax.Array
+
+
+def perturb(
+    params: Any,
+    key: Any,
+    generation: Any,
+    member: Any,
+    config: EggrollConfig,
+    *,
+    layout: Layout = None,
+    sigma: Any = None,
+    strict: bool = False,
+) -> Any:
+    """The parameters as one member sees them: ``W + s * sigma / sqrt(rank) * A @ B.T``, ``P + s * sigma * Z``.
+
+    Args:
+        params: pytree of floating-point arrays.
+        key: the run's key, see `jax.random.key`.
+        generation, member: non-negative integers, possibly traced.
+        config: the hyperparameters.
+        layout: which parameters are matrices, dense or frozen; see `eggroll.jax.Layout`.
+        sigma: instead of `config.sigma`, possibly traced.
+        strict: whether an operation that has to materialise a matrix is an error instead of a warning.
+
+    Returns:
+        `params` with a `PerturbedArray` in the place of each matrix, for functions under `quax.quaxify`, and
+        arrays elsewhere. `materialise` makes all of it dense.
+    """
+    chosen = plan(params, config, layout)
+    draws, signs = draws_and_signs(jnp.asarray(member, jnp.int32)[None], config)
+    noise = draw(chosen, draw_keys(generation_keys(chosen, key, generation, config), draws), config)
+    own = jax.tree.map(lambda values: values[0], noise)
+    return chosen.tree(perturbed(chosen, chosen.arrays(params), own, signs[0], config, sigma, strict))
+
+
+def population_apply(
+    fn: Callable[..., Any],
+    config: EggrollConfig,
+    *,
+    layout: Layout = None,
+    batch_size: int | None = None,
+    strict: bool = False,
+    mesh: Mesh | None = None,
+    axis_name: str = "members",
+) -> Callable[..., Any]:
+    """`fn` for every member of a population.
+
+    Args:
+        fn: ``fn(params, *args)``, any pure function: `model.apply`, a call through `nnx.merge`, an Equinox module.
+        config: the hyperparameters.
+        layout: which parameters are matrices, dense or frozen; see `eggroll.jax.Layout`.
+        batch_size: members evaluated at a time, by `jax.lax.map`; all of them by default. Rounded up to whole pairs.
+            The result does not depend on it, the memory does.
+        strict: whether an operation that has to materialise a matrix is an error instead of a warning.
+        mesh: devices that share the members along its axis `axis_name`, by `jax.shard_map`; the others stay as
+            they are.
+
+    Returns:
+        ``apply(params, key, generation, *args, per_member=False, sigma=None)``, which returns the outputs of `fn`
+        stacked over members, shape ``(population_size, ...)``. `per_member` says whether `args` have a leading
+        axis of members: a bool for all of them, or a sequence of one for each. `sigma` replaces `config.sigma` and
+        may be traced, as may `generation`.
+
+        `apply` raises ValueError if a trainable parameter takes no part in the output, if an argument has another
+        number of members, or if the devices do not divide the draws.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from eggroll import EggrollConfig
+        >>> apply = population_apply(lambda w, x: x @ w, EggrollConfig(population_size=8))
+        >>> apply(jnp.zeros((3, 2)), jax.random.key(0), 0, jnp.ones((5, 3))).shape
+        (8, 5, 2)
+    """
+    step = None if batch_size is None else draws_of(as_int("batch_size", batch_size, 1), config)
+
+    def apply(
+        params: Any,
+        key: Any,
+        generation: Any,
+        *args: Any,
+        per_member: bool | Sequence[bool] = False,
+        sigma: Any = None,
+    ) -> Any:
+        chosen = plan(params, config, layout)
+        stacked = _stacked(args, per_member, config)
+        one = [_one_member(arg) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
+        traced = trace(lambda arrays, *args: fn(chosen.tree(arrays), *args), chosen.arrays(params), one)
+        check_used(chosen, traced.used)
+        # One draw serves the members of a pair: what has an axis of members becomes (draws, members of a draw).
+        paired = [
+            jax.tree.map(lambda leaf: jnp.reshape(leaf, (config.draws, -1, *jnp.shape(leaf)[1:])), arg)
+            if stack
+            else arg
+            for arg, stack in zip(args, stacked, strict=True)
+        ]
+
+        def evaluate(inputs: Inputs, draws: Array, signs: Array, *args: Any) -> list[Array]:
+            def of_draw(keys: Array, signs: Array, *args: Any) -> list[Array]:
+                noise = draw(chosen, keys, config)
+
+                def of_member(sign: Array, *args: Any) -> list[Array]:
+                    leaves = perturbed(chosen, inputs.arrays, noise, sign, config, inputs.sigma, strict)
+                    return traced.call(*leaves, *jax.tree.leaves(args))
+
+                return jax.vmap(of_member, in_axes=(0, *axes))(signs, *args)
+
+            axes = [0 if stack else None for stack in stacked]
+            if step is None:
+                return jax.vmap(of_draw, in_axes=(0, 0, *axes))(draw_keys(inputs.keys, draws), signs, *args)
+            own = [arg for arg, stack in zip(args, stacked, strict=True) if stack]
+
+            def of_row(row: tuple[Array, Array, list[Any]]) -> list[Array]:
+                index, signs, own = row
+                rest = iter(own)
+                members_args = [next(rest) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
+                return of_draw(draw_keys(inputs.keys, index[None])[0], signs, *members_args)
+
+            return jax.lax.map(of_row, (draws, signs, own), batch_size=min(step, draws.shape[0]))
+
+        if mesh is not None:
+            evaluate = _over_devices(evaluate, mesh, axis_name, config, stacked)
+        members = jnp.arange(config.population_size, dtype=jnp.int32)
+        draws, signs = (values.reshape(config.draws, -1) for values in draws_and_signs(members, config))
+        keys = generation_keys(chosen, key, generation, config)
+        inputs = Inputs(chosen.arrays(params), keys, config.sigma if sigma is None else sigma)
+        with one_warning_for_each_primitive():
+            out = evaluate(inputs, draws[:, 0], signs, *paired)
+        out = [jnp.reshape(leaf, (config.population_size, *leaf.shape[2:])) for leaf in out]
+        return jax.tree.unflatten(traced.out_tree, out)
+
+    return apply
+
+
+class Inputs(NamedTuple):
+    """What every member's evaluation needs."""
+
+    arrays: list[Any]
+    keys: Array
+    sigma: Any
+
+
+def draws_of(members: int, config: EggrollConfig) -> int:
+    """How many draws serve `members` members, rounded up."""
+    return -(-members // 2) if config.antithetic else members
+
+
+def _over_devices(
+    evaluate: Callable[..., Any], mesh: Mesh, axis_name: str, config: EggrollConfig, stacked: Sequence[bool]
+) -> Callable[..., Any]:
+    """`evaluate` with its draws, signs and per-member arguments divided over an axis of devices."""
+    whole, divided = PartitionSpec(), PartitionSpec(axis_name)
+    return jax.shard_map(
+        evaluate,
+        mesh=member_mesh(mesh, axis_name, config),
+        in_specs=(whole, divided, divided, *[divided if stack else whole for stack in stacked]),
+        out_specs=divided,
+        axis_names={axis_name},
+        check_vma=False,
+    )
+
+
+def member_mesh(mesh: Mesh, axis_name: str, config: EggrollConfig) -> Mesh:
+    """`mesh`, checked, with automatic axes: what is divided over members is known here, not by the caller's types."""
+    if axis_name not in mesh.shape:
+        raise ValueError(f"`axis_name` must be an axis of the mesh, {tuple(mesh.shape)}, got {axis_name!r}")
+    devices = mesh.shape[axis_name]
+    if config.draws % devices:
+        raise ValueError(
+            f"the {devices} devices along {axis_name!r} must divide the {config.draws} draws "
+            f"of the {config.population_size} members"
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def perturbed(
+    chosen: Plan, arrays: list[Any], noise: list[Any], sign: Any, config: EggrollConfig, sigma: Any, strict: bool
+) -> list[Any]:
+    """The parameters as the member with this noise and sign sees them."""
+    scale = sign * (config.sigma if sigma is None else sigma)
+    return [_perturbed_leaf(*one, scale, config, strict) for one in zip(chosen.leaves, arrays, noise, strict=True)]
+
+
+def _perturbed_leaf(leaf: Leaf, array: Any, noise: Any, scale: Any, config: EggrollConfig, strict: bool) -> Any:
+    if noise is None:
+        return array
+    array = jnp.asarray(array)
+    if leaf.kind == "dense":
+        return array + (scale * noise).astype(array.dtype)
+    A, B = noise
+    scale = scale / math.sqrt(config.rank)
+    return PerturbedArray.from_factors(
+        array, A, B, scale, rows=leaf.rows, columns=leaf.columns, name=leaf.path, strict=strict
+    )
+
+
+def check_used(chosen: Plan, used: Sequence[bool]) -> None:
+    """Refuse parameters that would be updated by a fitness they have no part in."""
+    unused = [leaf.path for leaf, use in zip(chosen.leaves, used, strict=True) if leaf.kind != "frozen" and not use]
+    if unused:
+        raise ValueError(
+            f"{'parameters' if len(unused) > 1 else 'parameter'} {', '.join(map(repr, unused))} took no part in the "
+            "output, so no fitness could tell its noise from nothing: make it 'frozen' in `layout`, "
+            "or leave it out of `params`"
+        )
+
+
+def _stacked(args: Sequence[Any], per_member: bool | Sequence[bool], config: EggrollConfig) -> list[bool]:
+    """For each argument whether it has an axis of members, checked."""
+    stacked = [per_member] * len(args) if isinstance(per_member, bool) else list(per_member)
+    if len(stacked) != len(args):
+        raise ValueError(
+            f"`per_member` must be a bool or one for each of the {len(args)} arguments, got {per_member}"
+        )
+    for place, (arg, stack) in enumerate(zip(args, stacked, strict=True)):
+        for leaf in jax.tree.leaves(arg) if stack else ():
+            shape = jnp.shape(leaf)
+            if not shape or shape[0] != config.population_size:
+                raise ValueError(
+                    f"argument {place} must have a leading axis of {config.population_size} members, "
+                    f"got shape {shape}"
+                )
+    return stacked
+
+
+def _one_member(arg: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), arg)

@@ -1,0 +1,90 @@
+"""The user's function as a jaxpr: traced once, as ordinary JAX, before anything is perturbed.
+
+The function thus never sees a perturbed array, what it does with each parameter is known before anything runs, and
+quax interprets the jaxpr with perturbed arrays in the place of the parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import quax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core.primitives import custom_vjp_call_p
+from jax.interpreters import partial_eval
+
+__all__ = ["Traced", "trace"]
+
+
+class Traced(NamedTuple):
+    """A function of parameters and arguments with everything flattened."""
+
+    call: Callable[..., list[Any]]
+    """From the parameters, perturbed or not, and the leaves of the arguments to the leaves of the output."""
+    out_tree: Any
+    used: tuple[bool, ...]
+    """Of each parameter, whether the output depends on it."""
+
+
+def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any]) -> Traced:
+    """Trace ``fn(arrays, *args)``.
+
+    Args:
+        arrays: the parameters, arrays or `jax.ShapeDtypeStruct`.
+        args: pytrees of the same.
+    """
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    interpret = quax.quaxify(jaxpr_as_fun(without_custom_vjp(closed)))
+    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]))
+
+
+def without_custom_vjp(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """`closed` with the forward function in the place of each `jax.custom_vjp`, which quax does not interpret."""
+    if not _holds_custom_vjp(closed.jaxpr):
+        return closed
+    return jax.make_jaxpr(lambda *args: _evaluate(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for equation in jaxpr.eqns:
+        operands = [read(variable) for variable in equation.invars]
+        if equation.primitive is custom_vjp_call_p:
+            body = equation.params["call_jaxpr"]
+            results = _evaluate(body.jaxpr, body.consts, operands)
+        else:
+            params = {name: _rewritten(value) for name, value in equation.params.items()}
+            bound = equation.primitive.get_bind_params(params)
+            # Older versions of JAX return the functions of a call apart from its parameters.
+            functions, params = bound if isinstance(bound, tuple) else ((), bound)
+            results = equation.primitive.bind(*functions, *operands, **params)
+            results = results if equation.primitive.multiple_results else [results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+def _rewritten(value: Any) -> Any:
+    """A parameter of an equation with the jaxprs in it rewritten."""
+    if isinstance(value, ClosedJaxpr):
+        return without_custom_vjp(value)
+    if isinstance(value, Jaxpr) and not value.constvars:
+        return without_custom_vjp(ClosedJaxpr(value, ())).jaxpr
+    if isinstance(value, tuple):
+        return tuple(map(_rewritten, value))
+    return value
+
+
+def _holds_custom_vjp(value: Any) -> bool:
+    if isinstance(value, ClosedJaxpr):
+        return _holds_custom_vjp(value.jaxpr)
+    if isinstance(value, Jaxpr):
+        return any(
+            equation.primitive is custom_vjp_call_p or _holds_custom_vjp(tuple(equation.params.values()))
+            for equation in value.eqns
+        )
+    return isinstance(value, tuple) and any(map(_holds_custom_vjp, value))

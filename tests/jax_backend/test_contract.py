@@ -1,0 +1,276 @@
+"""The contract: every member's output is that of the model with that member's weights, which are never formed."""
+
+import math
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from eggroll import EggrollConfig
+from eggroll.jax import Dense, Matrix, default_layout, materialise, perturb, population_apply
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = EggrollConfig(population_size=10, rank=2, sigma=0.3)
+KEY = jax.random.key(7)
+
+
+def normal(*shape):
+    return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+def linen(module, *args):
+    params = module.init(jax.random.key(1), *args)
+    return module.apply, params, args, None
+
+
+def nnx_model(model, *args):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    return lambda params, *args: nnx.merge(graph, params, rest, copy=True)(*args), params, args, None
+
+
+class LinenMLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(13)(nn.LayerNorm()(nn.gelu(nn.Dense(31)(x))))
+
+
+class LinenConv(nn.Module):
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 1), kernel_dilation=(1, 2), feature_group_count=self.groups)(x))
+        return nn.Conv(5, (2, 2), padding="VALID")(x)
+
+
+class LinenEmbed(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(37, 11)
+        return embed.attend(nn.Dense(11)(embed(ids)))
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=24)(nn.LayerNorm()(x))
+        return x + nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(50)(nn.LayerNorm()(x))))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(x.shape[-1])(x)), None
+
+
+class LinenStack(nn.Module):
+    """Layers stacked along axis 0 of every parameter, run by one `lax.scan`; rematerialised."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers()(x, None)[0]
+
+
+def stacked_layout(path, leaf):
+    return Matrix(rows=1, columns=2) if path[-1] == "kernel" else Dense(stack=1)
+
+
+class EqxBlock(eqx.Module):
+    norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+
+    def __init__(self, size, key):
+        first, second = jax.random.split(key)
+        self.norm = eqx.nn.LayerNorm(size)
+        self.attention = eqx.nn.MultiheadAttention(3, size, use_query_bias=True, key=first)
+        self.mlp = eqx.nn.MLP(size, size, 40, 1, key=second)
+
+    def __call__(self, x):
+        h = jax.vmap(self.norm)(x)
+        x = x + self.attention(h, h, h)
+        return x + jax.vmap(self.mlp)(x)
+
+
+class EqxConv(eqx.Module):
+    conv: eqx.nn.Conv1d
+
+    def __call__(self, x):
+        return jax.vmap(self.conv)(x)
+
+
+def plain(params, x):
+    w, v, u = params["w"], params["v"], params["u"]
+    x = jnp.einsum("oi,bi->ob", w, x)  # the weight on the left
+    x = jnp.einsum("eio,eib->eob", v, x.reshape(2, 9, -1))  # one matrix for each expert
+    x = jax.lax.cond(x.sum() > 0, lambda u, x: x @ (2.0 * u), lambda u, x: x @ -u, u, x.reshape(14, -1).T)
+    q, k = jnp.split(u.T.astype(jnp.float32), 2)
+    return jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x + (x @ q.T) @ k[:, ::-1] @ u[:15]), x)
+
+
+def plain_case():
+    return plain, {"w": normal(18, 6), "v": normal(2, 9, 7) * 0.3, "u": normal(14, 14) * 0.3}, (normal(3, 6),), None
+
+
+def custom_vjp_case():
+    @jax.custom_vjp
+    def double(w, x):
+        return 2 * (x @ w)
+
+    double.defvjp(lambda w, x: (double(w, x), None), lambda saved, g: (None, None))
+    scan = lambda w, x: jax.lax.scan(lambda x, _: (jnp.tanh(double(w, x)), None), x, length=2)[0]  # noqa: E731
+    return scan, normal(17, 17), (normal(3, 17),), None
+
+
+CASES = {
+    "linen.Dense": lambda: linen(LinenMLP(), normal(3, 17)),
+    "linen.Conv": lambda: linen(LinenConv(), normal(2, 7, 6, 8)),
+    "linen.Conv grouped": lambda: linen(LinenConv(groups=4), normal(2, 7, 6, 8)),
+    "linen.Embed": lambda: linen(LinenEmbed(), jnp.asarray([3, 36, 0])),
+    "linen.MultiHeadDotProductAttention": lambda: linen(LinenBlock(), normal(1, 4, 17)),
+    "linen.LSTMCell": lambda: linen(nn.RNN(nn.LSTMCell(13)), normal(1, 3, 17)),
+    "linen.OptimizedLSTMCell": lambda: linen(nn.RNN(nn.OptimizedLSTMCell(13)), normal(1, 3, 17)),
+    "linen.GRUCell": lambda: linen(nn.RNN(nn.GRUCell(13)), normal(1, 3, 17)),
+    "linen.scan": lambda: (*linen(LinenStack(), normal(2, 17))[:3], stacked_layout),
+    "nnx.Linear": lambda: nnx_model(
+        nnx.Sequential(nnx.Linear(17, 31, rngs=nnx.Rngs(0)), jax.nn.relu, nnx.Linear(31, 13, rngs=nnx.Rngs(1))),
+        normal(3, 17),
+    ),
+    "nnx.Conv": lambda: nnx_model(nnx.Conv(5, 12, (3, 3), rngs=nnx.Rngs(0)), normal(1, 5, 4, 5)),
+    "nnx.Embed": lambda: nnx_model(nnx.Embed(37, 11, rngs=nnx.Rngs(0)), jnp.asarray([[3, 36], [0, 1]])),
+    "nnx.MultiHeadAttention": lambda: nnx_model(
+        nnx.MultiHeadAttention(3, 17, 24, decode=False, rngs=nnx.Rngs(0)), normal(1, 4, 17)
+    ),
+    "nnx.LSTMCell": lambda: nnx_model(nnx.RNN(nnx.LSTMCell(17, 13, rngs=nnx.Rngs(0))), normal(1, 3, 17)),
+    "equinox.nn.MLP": lambda: (
+        lambda model, x: jax.vmap(model)(x), eqx.nn.MLP(17, 5, 23, 2, key=KEY), (normal(3, 17),), None,
+    ),
+    "equinox Transformer block": lambda: (lambda model, x: model(x), EqxBlock(18, KEY), (normal(3, 18),), None),
+    "equinox.nn.Conv1d": lambda: (
+        lambda model, x: model(x), EqxConv(eqx.nn.Conv1d(6, 9, 3, key=KEY)), (normal(1, 6, 5),), None,
+    ),
+    "plain functions": plain_case,
+    "custom_vjp": custom_vjp_case,
+}  # fmt: skip
+
+
+def shapes_in(jaxpr):
+    """The shape of everything a jaxpr computes, in every jaxpr inside it."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
+
+
+def assert_never_formed(traced, params, layout, config):
+    """No value is as large as one copy of a matrix for each draw, with the matrix's own axes at its end."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        words = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+        if not eqx.is_array(leaf) or leaf.ndim < 2:
+            continue
+        if not isinstance((layout or default_layout)(words, leaf) or default_layout(words, leaf), Matrix):
+            continue
+        for shape in shapes_in(traced.jaxpr.jaxpr):
+            tail, lead = shape[len(shape) - leaf.ndim :], shape[: max(len(shape) - leaf.ndim, 0)]
+            formed = sorted(tail) == sorted(leaf.shape) and math.prod(lead) >= config.draws
+            assert not formed, f"{words}: {shape}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_members_equal_their_materialised_selves(case):
+    fn, params, args, layout = CASES[case]()
+    apply = population_apply(fn, CONFIG, layout=layout, strict=True)
+    arrays, static = eqx.partition(params, eqx.is_array)
+    jitted = jax.jit(lambda arrays, *args: apply(eqx.combine(arrays, static), KEY, 3, *args))
+    assert_never_formed(jitted.trace(arrays, *args), params, layout, CONFIG)
+    out = jitted(arrays, *args)
+
+    @jax.jit
+    def one(arrays, member, *args):
+        dense = materialise(perturb(eqx.combine(arrays, static), KEY, 3, member, CONFIG, layout=layout))
+        return fn(dense, *args)
+
+    for member in range(CONFIG.population_size):
+        expected = np.asarray(one(arrays, member, *args))
+        # 1e-5 of the output's scale, which is at least that of the activations before it, about 1.
+        np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))
+    assert np.abs(np.asarray(out[0]) - np.asarray(out[1])).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["linen.Dense", "linen.Embed", "linen.Conv"])
+def test_bfloat16(case):
+    fn, params, args, layout = CASES[case]()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    args = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, args)
+    out = jax.jit(population_apply(fn, CONFIG, layout=layout, strict=True))(params, KEY, 0, *args)
+    assert out.dtype == jnp.bfloat16
+    for member in range(3):
+        wide = materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout))
+        expected = np.asarray(fn(wide, *args), np.float32)
+        np.testing.assert_allclose(
+            np.asarray(out[member], np.float32), expected, rtol=0, atol=2**-4 * np.abs(expected).max()
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 10, 64])
+def test_chunks_change_nothing(batch_size):
+    fn, params, (x,), _ = CASES["linen.Dense"]()
+    own = normal(10, 3, 17)
+    whole = jax.jit(population_apply(fn, CONFIG))
+    chunked = jax.jit(population_apply(fn, CONFIG, batch_size=batch_size))
+    np.testing.assert_allclose(chunked(params, KEY, 1, x), whole(params, KEY, 1, x), atol=5e-6)
+    expected = jax.jit(lambda x: population_apply(fn, CONFIG)(params, KEY, 1, x, per_member=True))(own)
+    got = jax.jit(lambda x: population_apply(fn, CONFIG, batch_size=batch_size)(params, KEY, 1, x, per_member=True))(
+        own
+    )
+    np.testing.assert_allclose(got, expected, atol=5e-6)
+    np.testing.assert_allclose(got[5], whole(params, KEY, 1, own[5])[5], atol=1e-5)
+
+
+def test_arguments_shared_and_per_member_together():
+    def fn(w, x, scale, extra):
+        return {"y": (x @ w) * scale, "z": extra["a"] + w.sum()}
+
+    w, x, scales = normal(5, 4), normal(2, 5), jnp.arange(10.0)
+    with pytest.warns(UserWarning, match=r"`reduce_sum` of ''"):
+        out = population_apply(fn, CONFIG)(w, KEY, 0, x, scales, {"a": 1.0}, per_member=(False, True, False))
+    for member in (0, 9):
+        dense = materialise(perturb(w, KEY, 0, member, CONFIG))
+        np.testing.assert_allclose(out["y"][member], (x @ dense) * scales[member], atol=1e-4)
+        np.testing.assert_allclose(out["z"][member], 1.0 + dense.sum(), atol=1e-5)
+
+
+def test_a_fallback_is_named_once_and_is_exact():
+    params = {"a": normal(4, 4), "d": normal(4, 4), "c": normal(4, 4)}
+
+    def fn(params, x):
+        return x @ params["c"] + jnp.sum(jnp.sin(params["a"]) + jnp.sin(params["d"]))
+
+    apply = population_apply(fn, CONFIG)
+    with pytest.warns(UserWarning, match="eggroll") as caught:
+        out = apply(params, KEY, 0, normal(2, 4))
+    messages = [str(one.message) for one in caught]
+    assert len(messages) == 1, messages
+    assert "`sin`" in messages[0]
+    assert "'a', 'd'" in messages[0]
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(2, 4))
+    np.testing.assert_allclose(out[3], expected, atol=1e-4)
+    with pytest.raises(NotImplementedError, match=r"`sin` of parameter 'a'"):
+        population_apply(fn, CONFIG, strict=True)(params, KEY, 0, normal(2, 4))
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_independent_and_paired_members(antithetic):
+    config = EggrollConfig(population_size=6, antithetic=antithetic, sigma=0.5)
+    out = population_apply(lambda w, x: x @ w, config)(jnp.zeros((3, 2)), KEY, 0, jnp.eye(3))
+    mirrored = np.allclose(out[0], -out[1])
+    assert mirrored is antithetic
+    assert len({float(value) for value in np.abs(np.asarray(out))[:, 0, 0]}) == (3 if antithetic else 6)

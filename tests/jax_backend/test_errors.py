@@ -1,0 +1,143 @@
+"""Bad input: an error at trace time that names the argument, the rule, the value and the path."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import eggroll.jax.hyperscale as hs
+from eggroll import EggrollConfig
+from eggroll.jax import Dense, Matrix, eggroll, es_value_and_grad, perturb, population_apply, scale_by_eggroll
+
+CONFIG = EggrollConfig(population_size=8)
+KEY = jax.random.key(0)
+W = jnp.ones((3, 2))
+
+
+def traced(function, *args):
+    """The error must come before anything is computed."""
+    return jax.eval_shape(function, *args)
+
+
+@pytest.mark.parametrize("shape", [(7,), (8, 1), ()])
+def test_wrong_fitness_shape(shape):
+    optimizer = scale_by_eggroll(CONFIG, KEY)
+    state = optimizer.init(W)
+    with pytest.raises(ValueError, match=r"`fitness` must have the shape \(8,\)"):
+        traced(lambda f: optimizer.update(W, state, W, fitness=f), jnp.zeros(shape))
+
+
+def test_missing_fitness_and_unknown_options():
+    optimizer = eggroll(0.1, CONFIG, KEY)
+    with pytest.raises(TypeError, match="needs the keyword argument `fitness`"):
+        optimizer.update(W, optimizer.init(W), W)
+    with pytest.raises(TypeError, match="learning_rates"):
+        eggroll(learning_rates=0.1, config=CONFIG, key=KEY)
+    with pytest.raises(TypeError, match="chunk"):
+        population_apply(lambda w: w, CONFIG, chunk=2)
+    with pytest.raises(ValueError, match="`batch_size` must be a positive int, got 0"):
+        population_apply(lambda w: w, CONFIG, batch_size=0)
+    with pytest.raises(TypeError, match="`maximize` must be a bool"):
+        es_value_and_grad(lambda w: w, CONFIG, maximize="yes")
+
+
+def test_configuration():
+    with pytest.raises(ValueError, match="`population_size` must be even with antithetic pairs, got 7"):
+        EggrollConfig(population_size=7)
+    with pytest.raises(ValueError, match="`group_size` must divide the population of 8, got 3"):
+        EggrollConfig(population_size=8, group_size=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (0, TypeError, "`key` must be a key such as"),
+        (jnp.zeros(2), TypeError, r"float32 of shape \(2,\)"),
+        (jnp.zeros(3, jnp.uint32), TypeError, r"uint32 of shape \(3,\)"),
+        (jax.random.key(0, impl="rbg"), TypeError, "must be a threefry2x32 key, got one of rbg"),
+        (jax.random.split(jax.random.key(0), 2), ValueError, r"single key, got an array of keys of shape \(2,\)"),
+    ],
+)
+def test_keys_of_the_wrong_kind(key, error, message):
+    with pytest.raises(error, match=message):
+        perturb(W, key, 0, 0, CONFIG)
+    with pytest.raises(error, match=message):
+        scale_by_eggroll(CONFIG, key)
+
+
+def test_leaves():
+    params = {"layer": {"w": W, "steps": jnp.zeros(3, jnp.int32)}}
+    with pytest.raises(TypeError, match=r"parameter 'layer.steps' must be floating point to be perturbed, got int32"):
+        perturb(params, KEY, 0, 0, CONFIG)
+    frozen = perturb(params, KEY, 0, 0, CONFIG, layout={"layer": {"w": None, "steps": "frozen"}})
+    assert frozen["layer"]["steps"] is params["layer"]["steps"]
+    with pytest.raises(ValueError, match="no parameter to perturb"):
+        perturb(params, KEY, 0, 0, CONFIG, layout="frozen")
+
+
+def test_a_parameter_without_a_part():
+    params = {"used": W, "lost": {"w": W}}
+
+    def fn(params, x):
+        ignored = jax.jit(lambda w: w @ w.T)(params["lost"]["w"])
+        del ignored
+        return x @ params["used"]
+
+    with pytest.raises(ValueError, match=r"parameter 'lost.w' took no part in the output"):
+        traced(population_apply(fn, CONFIG), params, KEY, 0, jnp.ones((1, 3)))
+    layout = {"used": None, "lost": "frozen"}
+    assert population_apply(fn, CONFIG, layout=layout)(params, KEY, 0, jnp.ones((1, 3))).shape == (8, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "message"),
+    [
+        (Matrix(0, 2), ValueError, r"'w' of shape \(3, 2\) does not have the axes"),
+        (Matrix(0, -2), ValueError, "'w': the axes of .* must differ"),
+        (Dense(3), ValueError, r"'w' of shape \(3, 2\) does not have the axes"),
+        ({"v": "dense"}, ValueError, "`layout` must have the structure of `params` or be a prefix"),
+        ("lora", TypeError, "`layout` must give .* for 'w', got 'lora'"),
+        (lambda path, leaf: 3, TypeError, "`layout` must give .* for 'w', got 3"),
+    ],
+)
+def test_layouts(layout, error, message):
+    with pytest.raises(error, match=message):
+        perturb({"w": W}, KEY, 0, 0, CONFIG, layout=layout)
+    with pytest.raises(TypeError, match="`rows` must be an axis"):
+        Matrix(rows="in")
+
+
+def test_arguments_and_outputs_of_the_function():
+    apply = population_apply(lambda w, x: x @ w, CONFIG)
+    with pytest.raises(ValueError, match=r"argument 0 must have a leading axis of 8 members, got shape \(7, 3\)"):
+        traced(lambda x: apply(W, KEY, 0, x, per_member=True), jnp.ones((7, 3)))
+    with pytest.raises(ValueError, match="`per_member` must be a bool or one for each of the 1 arguments"):
+        apply(W, KEY, 0, jnp.ones(3), per_member=(True, False))
+    with pytest.raises(TypeError, match="`generation` must be an integer, got float32"):
+        apply(W, KEY, jnp.asarray(1.5), jnp.ones(3))
+    with pytest.raises(ValueError, match="`generation` must be a non-negative int, got -1"):
+        apply(W, KEY, -1, jnp.ones(3))
+    with pytest.raises(TypeError, match=r"must return one real number for a member, got float32 of shape \(2,\)"):
+        es_value_and_grad(lambda w, x: x @ w, CONFIG, maximize=True)(W, KEY, 0, jnp.ones(3))
+    with pytest.raises(TypeError, match="must return a pair"):
+        es_value_and_grad(lambda w: w.sum(), CONFIG, maximize=True, has_aux=True)(W, KEY, 0)
+
+
+def test_devices():
+    mesh = jax.make_mesh((1,), ("data",))
+    with pytest.raises(ValueError, match=r"`axis_name` must be an axis of the mesh, .* got 'members'"):
+        population_apply(lambda w, x: x @ w, CONFIG, mesh=mesh)(W, KEY, 0, jnp.ones(3))
+
+
+def test_hyperscale():
+    noiser = hs.noiser.eggroll.EggRoll
+    with pytest.raises(TypeError, match="noise_resue"):
+        noiser.init_noiser(W, 0.1, 0.1, noise_resue=1)
+    with pytest.raises(TypeError, match="by position, got 1 more"):
+        noiser.init_noiser(W, 0.1, 0.1, "sgd")
+    with pytest.raises(TypeError, match="parameter 'n' must be floating point"):
+        noiser.init_noiser({"n": jnp.zeros(2, jnp.int32)}, 0.1, 0.1)
+    frozen, state = noiser.init_noiser(W, 0.1, 0.1, noise_reuse=1)
+    with pytest.raises(ValueError, match=r"`fitnesses` must have the shape \(4,\)"):
+        noiser.do_updates(frozen, state, W, KEY, jnp.zeros(3), (jnp.zeros(4, jnp.int32), jnp.arange(4)), 1)
+    with pytest.raises(ValueError, match=r"`raw_scores` must have the shape \(N,\)"):
+        noiser.convert_fitnesses(frozen, state, jnp.zeros((4, 2)))

@@ -1,0 +1,170 @@
+"""`scale_by_eggroll` and `eggroll` among optax's own transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from eggroll import EggrollConfig
+from eggroll.jax import eggroll, es_value_and_grad, population_apply, scale_by_eggroll
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = EggrollConfig(population_size=32, sigma=0.1, rank=2)
+KEY = jax.random.key(5)
+PARAMS = {"bias": jnp.zeros(3), "kernel": jnp.ones((4, 3)) / 2}
+X = jax.random.normal(jax.random.key(1), (16, 4))
+Y = jnp.tanh(X @ jax.random.normal(jax.random.key(2), (4, 3)))
+
+
+def loss(params, x=X, y=Y):
+    return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
+
+
+def fitness(params, count, sigma=None, layout=None):
+    apply = population_apply(loss, CONFIG, layout=layout)
+    return -apply(params, KEY, count, X, Y, sigma=sigma)
+
+
+def assert_trees_close(got, want, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5), got, want)
+
+
+def test_direction_equals_that_of_es_value_and_grad():
+    _, gradient = jax.jit(es_value_and_grad(loss, CONFIG, maximize=False))(PARAMS, KEY, 0, X, Y)
+    optimizer = scale_by_eggroll(CONFIG, KEY)
+    direction, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, fitness=fitness(PARAMS, 0))
+    assert_trees_close(direction, gradient)
+    assert int(state.count) == 1
+    assert state.key is KEY
+
+
+def test_maximize_is_minus_the_loss():
+    value, gradient = es_value_and_grad(loss, CONFIG, maximize=False)(PARAMS, KEY, 3, X, Y)
+    negative, same = es_value_and_grad(lambda *args: -loss(*args), CONFIG, maximize=True)(PARAMS, KEY, 3, X, Y)
+    assert_trees_close(gradient, same)
+    np.testing.assert_allclose(value, -negative, rtol=1e-6)
+
+
+def test_converges():
+    optimizer = eggroll(0.5, CONFIG, KEY)
+
+    @jax.jit
+    def run(params):
+        def generation(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(
+                params, state, params, fitness=fitness(params, optax.tree.get(state, "EggrollState").count)
+            )
+            return (optax.apply_updates(params, updates), state), loss(params)
+
+        return jax.lax.scan(generation, (params, optimizer.init(params)), length=150)
+
+    (params, state), losses = run(PARAMS)
+    least = np.linalg.lstsq(np.c_[X, np.ones(len(X))], np.asarray(Y), rcond=None)[1].sum() / Y.size
+    assert loss(params) < least + 0.1 * (losses[0] - least)
+    assert int(optax.tree.get(state, "EggrollState").count) == 150
+
+
+def test_schedules_weight_decay_and_mask():
+    schedule = optax.piecewise_constant_schedule(0.5, {1: 0.1})
+    optimizer = eggroll(schedule, CONFIG, KEY, weight_decay=0.01, mask={"bias": False, "kernel": True})
+    state, params, scores = optimizer.init(PARAMS), PARAMS, jnp.linspace(-1, 1, 32)
+    plain = scale_by_eggroll(CONFIG, KEY)
+    plain_state = plain.init(PARAMS)
+    for rate in (0.5, 0.05):
+        updates, state = optimizer.update(params, state, params, fitness=scores)
+        direction, plain_state = plain.update(params, plain_state, params, fitness=scores)
+        np.testing.assert_allclose(updates["bias"], -rate * direction["bias"], rtol=1e-5)
+        decayed = direction["kernel"] + 0.01 * params["kernel"]
+        np.testing.assert_allclose(updates["kernel"], -rate * decayed, rtol=1e-5)
+
+
+def test_injected_learning_rate_and_sigma_without_recompilation():
+    optimizer = optax.inject_hyperparams(eggroll)(
+        learning_rate=0.5, config=CONFIG, key=KEY, sigma=optax.exponential_decay(0.2, 1, 0.5)
+    )
+    traces = []
+
+    @jax.jit
+    def generation(params, state):
+        traces.append(None)
+        count = optax.tree.get(state, "EggrollState").count
+        scores = fitness(params, count, sigma=0.2 * 0.5**count)
+        updates, state = optimizer.update(params, state, params, fitness=scores)
+        return updates, state
+
+    state, params = optimizer.init(PARAMS), PARAMS
+    for number in range(3):
+        updates, state = generation(params, state)
+        sigma = 0.2 * 0.5**number
+        _, gradient = es_value_and_grad(loss, CONFIG, maximize=False)(PARAMS, KEY, number, X, Y, sigma=sigma)
+        assert_trees_close(updates, optax.tree.scale(-float(state.hyperparams["learning_rate"]), gradient))
+        state.hyperparams["learning_rate"] = jnp.float32(0.5 / (number + 2))
+    assert len(traces) == 1
+
+
+def test_multi_steps_average_the_directions_of_generations():
+    solver = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
+    optimizer = optax.chain(scale_by_eggroll(CONFIG, KEY), solver.gradient_transformation())
+    state, directions = optimizer.init(PARAMS), []
+    for number in range(3):
+        directions.append(es_value_and_grad(loss, CONFIG, maximize=False)(PARAMS, KEY, number, X, Y)[1])
+        updates, state = optimizer.update(PARAMS, state, PARAMS, fitness=fitness(PARAMS, number))
+        if number < 2:
+            assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
+    assert_trees_close(updates, jax.tree.map(lambda *gs: -sum(gs) / 3, *directions))
+
+
+def test_masked_needs_the_whole_tree_and_then_keeps_its_noise():
+    mask = {"bias": False, "kernel": True}
+    scores = jnp.linspace(-1, 1, 32) ** 2
+    whole = scale_by_eggroll(CONFIG, KEY)
+    want = whole.update(PARAMS, whole.init(PARAMS), PARAMS, fitness=scores)[0]
+    optimizer = optax.masked(scale_by_eggroll(CONFIG, KEY, template=PARAMS), mask)
+    got, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, fitness=scores)
+    np.testing.assert_array_equal(got["kernel"], want["kernel"])
+    np.testing.assert_array_equal(got["bias"], PARAMS["bias"])
+    with pytest.raises(ValueError, match="pass the whole tree as `template`"):
+        optax.masked(scale_by_eggroll(CONFIG, KEY), mask).init(PARAMS)
+
+
+def test_dtypes_and_structure_are_kept_and_extra_arguments_ignored():
+    params = {"a": (jnp.ones((2, 3), jnp.bfloat16), jnp.ones(4, jnp.float16)), "b": None, "c": jnp.ones((3, 3))}
+    optimizer = optax.chain(scale_by_eggroll(CONFIG, KEY), optax.scale(1.0))
+    updates, _ = optimizer.update(params, optimizer.init(params), params, fitness=jnp.arange(32), value=3.0)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+
+def test_a_hundred_generations_in_one_program_equal_a_hundred_calls_and_donate():
+    step = es_value_and_grad(loss, CONFIG, maximize=False, batch_size=12)
+    optimizer = optax.adam(0.05)
+
+    def generation(carry, number):
+        params, state = carry
+        value, gradient = step(params, KEY, number, X, Y)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    start = (PARAMS, optimizer.init(PARAMS))
+    scanned, values = jax.jit(lambda carry: jax.lax.scan(generation, carry, jnp.arange(100)))(start)
+    one = jax.jit(generation, donate_argnums=0)
+    carry = jax.tree.map(jnp.copy, start)
+    for number in range(100):
+        before = carry[0]["kernel"]
+        carry, _ = one(carry, number)
+        assert before.is_deleted()
+    assert one._cache_size() == 1
+    assert_trees_close(carry[0], scanned[0], atol=1e-5)
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_noise_is_the_same_whatever_the_partitionable_flag_says():
+    apply = population_apply(loss, CONFIG)
+    with jax.threefry_partitionable(True):
+        want = apply(PARAMS, KEY, 0, X, Y)
+    with jax.threefry_partitionable(False):
+        got = apply(PARAMS, KEY, 0, X, Y)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(apply(PARAMS, jax.random.PRNGKey(5), 0, X, Y), want)
