@@ -3,8 +3,8 @@
     python benchmarks/torch_generation.py            # all workloads, about ten minutes on 2 cores
     python benchmarks/torch_generation.py --only W1 W2 --repeats 3
 
-Every workload runs in one process; methods take turns, so a noisy machine disturbs them alike, and what counts are the
-ratios to the pure batched inference of the same run. Writes JSON, a Markdown table and plots to docs/benchmarks/.
+Every workload runs in one process; methods take turns, so a noisy machine disturbs them alike, and what counts are
+the ratios to the pure batched inference of the same run. Writes JSON, a Markdown table and plots to docs/benchmarks/.
 Members one at a time and full-rank evolution strategies are timed on a share of the population and scaled up; the
 table says so.
 """
@@ -20,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from eggroll.torch import EGGROLLTrainer, Population
 from torch import nn
 from torch.func import functional_call
 from workloads import WORKLOADS, Workload, mlp
+
+from eggroll.torch import EGGROLLTrainer, Population
 
 SCALING = [2**power for power in range(8, 17)]
 SCALING_CHUNK = 256
@@ -244,10 +245,7 @@ def table(report: dict) -> str:
             "",
             "| members | microseconds per member | peak memory of the process, MB |",
             "|---|---|---|",
-            *(
-                f"| {p['members']} | {p['microseconds_per_member']:.1f} | {p['peak_megabytes']:.0f} |"
-                for p in points
-            ),
+            *(f"| {p['members']} | {p['microseconds_per_member']:.1f} | {p['peak_megabytes']:.0f} |" for p in points),
         ]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,6 @@
 """One generation of W1 with other PyTorch libraries; run by `torch_generation.py --peers PYTHON`.
 
-Prints a JSON list as its last line. A library that is not installed, or that fails, is left out with a word on stderr.
+Prints a JSON list as its last line. A library that is not installed, or fails, is left out with a word on stderr.
 """
 
 import importlib.metadata
@@ -34,9 +34,7 @@ def main() -> None:
             continue
         version = importlib.metadata.version(library)
         milliseconds = 1e3 * statistics.median(seconds) * scale
-        results.append(
-            {"library": library, "version": version, "workload": "W1", "milliseconds": milliseconds}
-        )
+        results.append({"library": library, "version": version, "workload": "W1", "milliseconds": milliseconds})
     print(json.dumps(results))
 
 
@@ -89,7 +87,9 @@ def evotorch(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> Callable[[
     from evotorch.neuroevolution import SupervisedNE
 
     problem = SupervisedNE(torch.utils.data.TensorDataset(x, y), net, nn.CrossEntropyLoss(), minibatch_size=ROWS)
-    searcher = PGPE(problem, popsize=EVOTORCH_MEMBERS, center_learning_rate=1e-6, stdev_learning_rate=1e-6, stdev_init=SIGMA)
+    searcher = PGPE(
+        problem, popsize=EVOTORCH_MEMBERS, center_learning_rate=1e-6, stdev_learning_rate=1e-6, stdev_init=SIGMA
+    )
 
     return searcher.step
 

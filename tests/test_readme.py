@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("jax")
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -32,7 +33,7 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 def test_python_blocks_run(capsys):
     blocks = list(python_blocks())
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -44,6 +45,7 @@ def test_python_blocks_run(capsys):
     at_once = re.search(r"accuracy ([\d.]+), mean of the last members", printed)[1]
     assert float(one_by_one) > 0.75
     assert float(best) > 0.75
+    assert float(re.search(r"loss ([\d.]+)", printed)[1]) < 0.05
     assert float(at_once) > 0.95
     assert names["metrics"]["generation"] == 101
     assert names["trainer"].generation == 5
