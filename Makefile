@@ -9,12 +9,16 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
+# Two processes of one thread each: the tests are small, and threads that wait for each other are slower than none.
+PYTEST_ARGUMENTS := -n 2 --dist worksteal
+test test-wheel: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
 
 # The suite, on the wheel, from outside the repository.
 test-wheel: $(VENV)/.dev
-	$(BIN)/python tests/run_on_wheel.py
+	$(BIN)/python tests/run_on_wheel.py $(PYTEST_ARGUMENTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

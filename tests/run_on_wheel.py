@@ -25,7 +25,7 @@ def main() -> int:
         run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", str(wheel))
         site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", capture=True).strip()
         Path(site, "development.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        for part in ("tests", "examples", "benchmarks"):
+        for part in ("tests", "examples", "benchmarks", "docs"):
             shutil.copytree(REPOSITORY / part, outside / part)
         for part in ("pyproject.toml", "README.md"):
             shutil.copy(REPOSITORY / part, outside)

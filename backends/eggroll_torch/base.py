@@ -117,6 +117,7 @@ class Trainer(torch.optim.Optimizer):
             "trainer": type(self).__name__,
             "optimizer": type(self.optimizer).__name__,
             "population_size": self.population_size,
+            "randomness": self.randomness,
         }
 
     sigma: float

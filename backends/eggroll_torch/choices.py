@@ -55,7 +55,7 @@ def choices_by_name(
     """
     patterns = {pattern: _choice(f"noise[{pattern!r}]", value) for pattern, value in (noise or {}).items()}
     for pattern in patterns:
-        if not fnmatch.filter(names.values(), pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names.values()):
             raise ValueError(f"`noise` has the pattern {pattern!r}, which fits no trained parameter")
     chosen = {}
     for group in param_groups:

@@ -46,21 +46,21 @@ class Chunking:
             run: runs the first members, given how many.
         """
         if self.requested != "auto":
-            return self.requested or members
+            return min(members, -(-(self.requested or members) // multiple) * multiple)
         if self._measured is None:
+            if members <= multiple:
+                return members  # too few to measure
             self._measured = self._measure(members, multiple, device, run)
-        return self._measured
+        return min(members, self._measured)
 
     def noise(self, members: int, multiple: int, numbers_in_a_draw: int) -> int:
         """Members whose noise is drawn at a time for the update, or to evaluate them one by one."""
         decided = self._measured if self.requested == "auto" else self.requested
-        return min(decided or members, max(1, _NOISE // numbers_in_a_draw) * multiple)
+        return min(decided or members, members, max(1, _NOISE // numbers_in_a_draw) * multiple)
 
     @staticmethod
     def _measure(members: int, multiple: int, device: torch.device, run: Callable[[int], object]) -> int:
         few, more = multiple, min(4 * multiple, members)
-        if few == more:
-            return members
         peaks = []
         for count in (few, more):
             with PeakMemory() as memory:
@@ -70,7 +70,7 @@ class Chunking:
         available = _SHARE * free_memory(device) - peaks[0]
         if device.type == "cpu":
             available = min(available, _CPU_BYTES)
-        return max(multiple, min(members, int(available / for_a_member) // multiple * multiple))
+        return max(multiple, int(available / for_a_member) // multiple * multiple)
 
 
 def chunk_ranges(members: range, size: int, multiple: int) -> Iterator[range]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .memory import MemoryEstimate, PeakMemory
+from .noise import KEPT
 from .population import Population
+from .trees import Parts
 
 __all__ = ["estimate"]
 
@@ -29,10 +30,11 @@ def estimate(
         for_a_member = (peak_more - peak_few) / max(more - few, 1)
         forward = int(peak_few + for_a_member * (chunk - few))
         outputs = of_more * members // more
+    noise_of_all, noise_of_chunk = (weights.numbers_in_a_draw * count // multiple for count in (members, chunk))
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return MemoryEstimate(
         chunk_size=chunk,
-        noise=4 * weights.numbers_in_a_draw * -(-chunk // multiple),
+        noise=4 * min(noise_of_all, KEPT + noise_of_chunk),
         forward=forward,
         outputs=outputs,
         update=size + sum(4 * parameter.numel() for parameter in parameters if parameter.element_size() < 4),
@@ -44,11 +46,9 @@ def _measured(population: Population, count: int, args: Any, kwargs: Any, per_me
     """Bytes alive at once in the forward pass of the first members, beyond their noise, and bytes of its outputs."""
     part = next(population.chunks(count))
     if per_member:
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-        )
+        given = Parts((args, kwargs))
+        args, kwargs = given.rebuilt([tensor[: len(part)] for tensor in given.tensors])
     part.weights.prepare(part.members)
     with PeakMemory() as memory, torch.no_grad():
         result = part(*args, per_member=per_member, **kwargs)
-    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return memory.peak, sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return memory.peak, sum(tensor.numel() * tensor.element_size() for tensor in Parts(result).tensors)

@@ -29,6 +29,8 @@ def adapter(model: nn.Module, weights: Any, member: int) -> dict[str, Tensor]:
             state[f"{key}lora_embedding_A"] = scaled_A.mT.contiguous()
             state[f"{key}lora_embedding_B"] = B.contiguous()
         elif isinstance(module, nn.modules.conv._ConvNd):
+            if module.transposed or module.groups > 1:
+                raise ValueError(f"parameter {name!r} has no place in an adapter: PEFT adapts plain convolutions")
             kernel = tuple(module.weight.shape)
             state[f"{key}lora_A.weight"] = B.mT.reshape(rank, *kernel[1:]).contiguous()
             state[f"{key}lora_B.weight"] = scaled_A.reshape(kernel[0], rank, *(1,) * (len(kernel) - 2)).contiguous()

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import ops, threefry
 from .perturbed import unwrapped
 
-__all__ = ["MemberMode", "attention", "dropout"]
+__all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform"]
 
 _current: ContextVar["MemberMode | None"] = ContextVar("eggroll_member_mode", default=None)
 
@@ -59,7 +59,19 @@ class MemberMode(TorchFunctionMode):
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-"""What `MemberMode` answers, by PyTorch function. `eggroll_torch.rules` adds attention and recurrent layers."""
+"""What `MemberMode` answers, by PyTorch function. `eggroll_torch.rules` adds to it."""
+
+
+def uniform(shape: torch.Size) -> Tensor:
+    """The next uniform numbers on [0, 1) of the member that runs, float32."""
+    mode = _current.get()
+    assert mode is not None
+    return mode.uniform(shape)
+
+
+def replaced(input: Tensor, result: Tensor, inplace: bool) -> Tensor:
+    """What a function with an `inplace` argument returns."""
+    return input.copy_(result) if inplace else result
 
 
 def dropout(x: Tensor, p: float, shape: torch.Size | None = None) -> Tensor:
@@ -111,14 +123,14 @@ def _answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @_answers(F.dropout, torch.dropout)
 def _dropout(input, p=0.5, training=True, inplace=False):
-    return dropout(unwrapped(input), p) if training and p else input
+    return replaced(input, dropout(unwrapped(input), p), inplace) if training and p else input
 
 
 def _channel_dropout(spatial: int) -> Callable[..., Any]:
     def answer(input, p=0.5, training=True, inplace=False):
         x = unwrapped(input)
         shape = torch.Size((*x.shape[: x.ndim - spatial], *(1,) * spatial))
-        return dropout(x, p, shape) if training and p else input
+        return replaced(input, dropout(x, p, shape), inplace) if training and p else input
 
     return answer
 
@@ -131,7 +143,8 @@ for _function, _spatial in ((F.dropout1d, 1), (F.dropout2d, 2), (F.dropout3d, 3)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if training:
         running_mean = running_var = None
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    x = _widened(input, weight, running_mean)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps).to(input.dtype)
 
 
 @_answers(F.instance_norm)
@@ -140,7 +153,28 @@ def _instance_norm(
 ):
     if use_input_stats:
         running_mean = running_var = None
-    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    x = _widened(input, weight, running_mean)
+    return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps).to(input.dtype)
+
+
+def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
+    def answer(input, *args, **kwargs):
+        out = function(input, *args, **kwargs)
+        kind = input.device.type
+        # On a CPU, or without autocast, the result has the input's dtype, which `vmap` widens to that of the weight.
+        return out if kind != "cpu" and torch.is_autocast_enabled(kind) else out.to(input.dtype)
+
+    return answer
+
+
+FUNCTIONS |= {function: _norm(function) for function in (F.layer_norm, F.group_norm, F.rms_norm)}
+
+
+def _widened(x: Tensor, *others: Tensor | None) -> Tensor:
+    """`x` in the dtype of the others where that is wider, which `vmap` does not do by itself."""
+    for other in others:
+        x = x if other is None else x.to(torch.promote_types(x.dtype, other.dtype))
+    return x
 
 
 @_answers(F.scaled_dot_product_attention)

@@ -19,7 +19,7 @@ class MemoryEstimate:
 
     Attributes:
         chunk_size: members that are evaluated at a time.
-        noise: the draws of one chunk.
+        noise: the draws of one chunk, and of others that are kept for the update as long as they are few.
         forward: the forward pass of one chunk: members' dense weights, activations and temporaries.
         outputs: the outputs of all members, which `population(x)` returns.
         update: the direction, which is left in `.grad`, and its float32 sum.

@@ -17,7 +17,7 @@ from eggroll import EggrollConfig, perturbation, prng
 from . import threefry
 from .parameters import ParameterNoise
 
-__all__ = ["ChunkNoise", "NoiseSource", "PopulationFactors"]
+__all__ = ["KEPT", "ChunkNoise", "NoiseSource", "PopulationFactors"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ChunkNoise:
 
 
 # Numbers that are kept besides those of the last chunk (16 MiB).
-_KEPT = 1 << 22
+KEPT = 1 << 22
 
 
 class NoiseSource:
@@ -112,7 +112,7 @@ class NoiseSource:
         draws, signs = perturbation.draws_and_signs(index, self.config)
         rows = threefry.fold_in(self._generation_keys, draws[:: self.members_per_draw, None])
         drawn = ChunkNoise(members, signs, self._layout.draw(rows))
-        if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= _KEPT * self.members_per_draw:
+        if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
             self._last = drawn
@@ -120,8 +120,9 @@ class NoiseSource:
 
     def chunk_with(self, member: int) -> ChunkNoise:
         """A chunk that holds `member`: one that is there, or that of its draw alone."""
-        there = (*self._kept.values(), *(() if self._last is None else (self._last,)))
-        for chunk in there:
+        if self._last is not None and member in self._last.members:
+            return self._last
+        for chunk in reversed(self._kept.values()):
             if member in chunk.members:
                 return chunk
         start = member - member % self.members_per_draw

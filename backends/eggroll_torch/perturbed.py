@@ -8,6 +8,8 @@ with one warning, or refused in strict mode.
 
 import contextlib
 import functools
+import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -53,9 +55,10 @@ class Policy:
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Notes which parameters of the model itself are used inside, the first time that it is entered.
+        """Notes which parameters of the model itself are used inside, the first time that some are.
 
-        Compiled and scripted modules compute where this cannot see: nothing is concluded for them.
+        Compiled and scripted modules compute where this cannot see: nothing is concluded for them, nor where no
+        parameter is used at all, as by a score that is computed elsewhere.
         """
         opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
         if self.forward_passes or any(isinstance(module, opaque) for module in model.modules()):
@@ -63,7 +66,7 @@ class Policy:
             return
         with _Watch({id(parameter): name for name, parameter in model.named_parameters()}, self.used):
             yield
-        self.forward_passes += 1
+        self.forward_passes += bool(self.used)
 
     def run(self, vectorised: Callable[[], Any], one_by_one: Callable[[], Any]) -> Any:
         """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once."""
@@ -71,13 +74,14 @@ class Policy:
             return one_by_one()
         try:
             return vectorised()
-        except UnsupportedOperationError:
+        except (UnsupportedOperationError, torch.OutOfMemoryError):
             raise
-        except RuntimeError as error:
+        except Exception as error:
             # Not every error means that vmap is at fault: if members fail one by one too, theirs is the true one.
             result = one_by_one()
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.fall_back(
-                f"the model cannot be vectorised over members ({str(error).splitlines()[0]})",
+                f"the model cannot be vectorised over members ({reason})",
                 "members run one by one",
             )
             self.one_by_one = True
@@ -176,7 +180,12 @@ class PerturbedWeight(torch.Tensor):
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
         if rule is not None:
-            result = rule(*args, **kwargs)
+            try:
+                result = rule(*args, **kwargs)
+            except TypeError:
+                if _accepts(rule, args, kwargs):
+                    raise
+                result = NotImplemented  # PyTorch has another spelling of this call than the rule
             if result is not NotImplemented:
                 return result
         return _with_weights_formed(func, args, kwargs)
@@ -201,7 +210,13 @@ class DenseWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 
-        args, kwargs = pytree.tree_map(lambda leaf: unwrapped(leaf) if type(leaf) is cls else leaf, (args, kwargs))
+        def used(leaf: Any) -> Any:
+            return unwrapped(leaf) if type(leaf) is cls else leaf
+
+        if _operation(func) == "__set__":  # such as `weight.data = ...`, which is about this object
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(args[0], *map(used, args[1:]))
+        args, kwargs = pytree.tree_map(used, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -211,8 +226,8 @@ def plain(weight: Tensor) -> Tensor:
         return weight.as_subclass(torch.Tensor)
 
 
-def unwrapped(value: Tensor) -> Tensor:
-    """A tensor that may be a parameter, used as data: an ordinary tensor."""
+def unwrapped(value: Any) -> Any:
+    """A tensor that may be a parameter, used as data: an ordinary tensor. Other values as they are."""
     if isinstance(value, DenseWeight):
         value.use()
         return plain(value)
@@ -243,22 +258,43 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 _RULES: dict[Any, Callable[..., Any]] = {}
 
 
+def formed(value: Any, operation: str) -> Any:
+    """A tensor as an operation without a rule needs it: where it is a perturbed weight, materialised."""
+    if isinstance(value, PerturbedWeight):
+        value.noise.policy.fall_back(
+            f"no low-rank rule for {operation} on parameter {value.noise.name!r}",
+            "the weight is materialised for every member of a chunk",
+        )
+    return unwrapped(value)
+
+
 def _with_weights_formed(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    operation = getattr(func, "__name__", str(func))
-    if operation == "__get__":
-        operation = f"the attribute {func!r}"
+    operation = _operation(func)
+    if args and isinstance(args[0], PerturbedWeight) and _IN_PLACE.fullmatch(operation):
+        # One by one members have weights of their own, which they can change.
+        raise RuntimeError(f"{operation} changes parameter {args[0].noise.name!r} in place")
 
-    def formed(value: Any) -> Any:
-        if isinstance(value, PerturbedWeight):
-            value.noise.policy.fall_back(
-                f"no low-rank rule for {operation} on parameter {value.noise.name!r}",
-                "the weight is materialised for every member of a chunk",
-            )
-            return materialise(value)
-        return value
+    def of_member(leaf: Any) -> Any:
+        return formed(leaf, operation) if isinstance(leaf, PerturbedWeight) else leaf
 
-    args, kwargs = pytree.tree_map(formed, (args, kwargs))
+    args, kwargs = pytree.tree_map(of_member, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _operation(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    return f"the attribute {func.__self__.__name__!r}" if name == "__get__" else name  # type: ignore[attr-defined]
+
+
+_IN_PLACE = re.compile(r".*[^_]_|__set(item)?__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__")
+
+
+def _accepts(rule: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 # What asks about the tensor, not about its values.

@@ -7,15 +7,15 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from eggroll.config import as_int
 
 from .chunking import Chunking, chunk_ranges
 from .lora import adapter
 from .member_mode import MemberMode
-from .perturbed import Policy
+from .perturbed import Policy, UnsupportedOperationError, formed
 from .swap import seeded, swapped
+from .trees import Parts
 
 __all__ = ["MemberWeights", "Population", "Randomness"]
 
@@ -82,6 +82,7 @@ class Population:
     ):
         self._model = model
         self._open_weights: MemberWeights | None = weights
+        self._whole: Population | None = None
         self._members = members
         self._chunking = chunking or Chunking(None)
         self._randomness = randomness
@@ -95,6 +96,8 @@ class Population:
     @property
     def weights(self) -> MemberWeights:
         """The members' weights, while the generation is open."""
+        if self._whole is not None:
+            return self._whole.weights  # a part is over with the whole
         if self._open_weights is None:
             raise RuntimeError("this population's generation is finished: ask() for the next one")
         return self._open_weights
@@ -112,7 +115,8 @@ class Population:
         """The model's output for every member.
 
         Args:
-            *args, **kwargs: the model's, tensors at any depth of tuples, lists and dictionaries.
+            *args, **kwargs: the model's, tensors at any depth of tuples, lists, dictionaries and dataclasses. Members
+                work on copies: what they write to their inputs reaches nobody.
             per_member: whether axis 0 of every tensor is over members, so that each gets its own input; otherwise all
                 members get the same.
 
@@ -141,7 +145,9 @@ class Population:
         ``torch.cat([score(part(x)) for part in population.chunks(1024)])``.
         """
         for members in chunk_ranges(self._members, as_int("size", size, 1), self.weights.members_per_draw):
-            yield Population(self._model, self.weights, members, self._chunking, self._randomness)
+            part = Population(self._model, self.weights, members, self._chunking, self._randomness)
+            part._whole = self
+            yield part
 
     def state_dict(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own.
@@ -161,7 +167,11 @@ class Population:
         so do buffers, which the member can write to without the next one seeing it.
         """
         with swapped(self._model, self.weights.materialise(self._member(index))):
-            yield self._model
+            torch.clear_autocast_cache()  # which holds casts of the weights that were there before
+            try:
+                yield self._model
+            finally:
+                torch.clear_autocast_cache()
 
     def lora(self, index: int) -> dict[str, Tensor]:
         """The low-rank perturbations of member `index` as a LoRA adapter in PEFT's layout, exact, without an SVD.
@@ -175,14 +185,17 @@ class Population:
 
     @torch.no_grad()
     def evaluate(self, fitness_fn: Callable[[nn.Module], float]) -> list[float]:
-        """What `fitness_fn` says of each member, one at a time, without recording gradients; see `member`."""
+        """What `fitness_fn` says of each member, one at a time, without recording gradients; see `member`.
+
+        What it draws from PyTorch's global generators follows from the seed of the run; they are put back afterwards.
+        """
         scores = []
         weights = self.weights
         size = self._chunking.noise(len(self), weights.members_per_draw, weights.numbers_in_a_draw)
         for part in self.chunks(size):
             weights.prepare(part.members)
             for index in range(len(part)):
-                with part.member(index) as model, weights.policy.watching(model):
+                with part.member(index) as model, weights.policy.watching(model), self._seeded(part.members[index]):
                     scores.append(fitness_fn(model))
         return scores
 
@@ -194,7 +207,7 @@ class Population:
     def chunk_size(self, *args: Any, per_member: bool = False, **kwargs: Any) -> int:
         """How many members such a call evaluates at a time."""
         call = _Call("__call__", args, kwargs, per_member, len(self))
-        if self._chunking.requested == "auto" and not call.places:
+        if self._chunking.requested == "auto" and not call.tensors:
             return self._chunking.noise(len(self), self.weights.members_per_draw, self.weights.numbers_in_a_draw)
         return self._size(call)
 
@@ -204,7 +217,7 @@ class Population:
         def run(count: int) -> object:
             return self._run_chunk(call, self._members[:count])
 
-        return min(len(self), self._chunking.forward(len(self), weights.members_per_draw, weights.device, run))
+        return self._chunking.forward(len(self), weights.members_per_draw, weights.device, run)
 
     @torch.no_grad()
     def _run(self, call: "_Call") -> Any:
@@ -230,9 +243,9 @@ class Population:
         buffers = {f"model.{name}": buffer for name, buffer in self._model.named_buffers()}
 
         def run_member(index: Tensor, mine: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
-            args, kwargs = call.arguments(inputs)
+            # Members write to copies: nothing of one chunk reaches the next, the model or the caller.
+            args, kwargs = call.arguments([tensor.clone() for tensor in inputs])
             bound = {f"model.{name}": value for name, value in weights.bind(members, index, mine).items()}
-            # Members write to copies of the buffers: nothing of one chunk reaches the next, or the model.
             bound |= {name: buffer.clone() for name, buffer in buffers.items()}
             with MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, weights.randomness_key):
                 return outputs.take_apart(functional_call(caller, bound, args, kwargs))
@@ -240,19 +253,25 @@ class Population:
         def run_vectorised() -> list[Tensor]:
             in_dims = (0, 0, 0 if call.per_member else None)
             run = torch.vmap(run_member, in_dims, randomness=self._randomness)
-            return run(index, weights.batched(members), inputs)
+            with self._seeded(members.start):
+                return run(index, weights.batched(members), inputs)
 
         def run_one_by_one() -> list[Tensor]:
-            rows = [
-                run_member(index[i], weights.materialise(member), call.of_member(inputs, i))
-                for i, member in enumerate(members)
-            ]
-            return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+            outputs.clear()
+            weights.prepare(members)
+            rows = []
+            for i, member in enumerate(members):
+                with self._seeded(member):
+                    rows.append(run_member(index[i], weights.materialise(member), call.of_member(inputs, i)))
+            return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
-        with seeded(weights.randomness_key, members.start):
-            outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
+        outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
         return outputs
+
+    def _seeded(self, member: int) -> contextlib.AbstractContextManager[None]:
+        """PyTorch's global generators as `member`, or all of them alike, find them."""
+        return seeded(self.weights.randomness_key, 0 if self._randomness == "same" else member)
 
 
 class _Call:
@@ -261,10 +280,10 @@ class _Call:
     def __init__(self, method: str, args: Any, kwargs: Any, per_member: bool, members: int):
         self.method = method
         self.per_member = per_member
-        self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
-        self.places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        for place in self.places if per_member else ():
-            shape = tuple(self._leaves[place].shape)
+        self._parts = Parts((args, kwargs))
+        self.tensors = self._parts.tensors
+        for tensor in self.tensors if per_member else ():
+            shape = tuple(tensor.shape)
             if not shape or shape[0] != members:
                 raise ValueError(
                     f"with `per_member` axis 0 of every input must be over the {members} members, "
@@ -273,8 +292,7 @@ class _Call:
 
     def inputs(self, start: int, count: int) -> list[Tensor]:
         """The tensors for some of the members."""
-        tensors = [self._leaves[place] for place in self.places]
-        return [tensor[start : start + count] for tensor in tensors] if self.per_member else tensors
+        return [tensor[start : start + count] for tensor in self.tensors] if self.per_member else self.tensors
 
     def of_member(self, inputs: list[Tensor], index: int) -> list[Tensor]:
         """The tensors for one of the members of `inputs`."""
@@ -282,10 +300,7 @@ class _Call:
 
     def arguments(self, tensors: list[Tensor]) -> Any:
         """Positional and keyword arguments with these tensors in place."""
-        leaves = list(self._leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
-        return pytree.tree_unflatten(leaves, self._structure)
+        return self._parts.rebuilt(tensors)
 
 
 class _Caller(nn.Module):
@@ -301,21 +316,38 @@ class _Caller(nn.Module):
 
 
 class _Outputs:
-    """A model's output taken apart into tensors, which vmap stacks, and the rest, which it would refuse."""
+    """What the model returned for a chunk: tensors, which get an axis over members, and the rest."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self._parts: Parts | None = None
+
+    def clear(self) -> None:
+        """Forgets an attempt that failed."""
+        self._parts = None
 
     def take_apart(self, result: Any) -> list[Tensor]:
-        self._leaves, self._structure = pytree.tree_flatten(result)
-        self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        return [self._leaves[place] for place in self._places]
+        """The tensors of what one member, or all of them under `vmap`, returned."""
+        self._accept(Parts(result))
+        assert self._parts is not None
+        return [formed(tensor, "the model's output") for tensor in self._parts.tensors]
+
+    def append(self, other: "_Outputs") -> None:
+        """Checks that those of another chunk go with these."""
+        assert other._parts is not None
+        self._accept(other._parts)
 
     def tree(self, tensors: Sequence[Tensor] | None = None) -> Any:
-        leaves = list(self._leaves)
-        for place, tensor in zip(self._places, tensors or self.tensors, strict=True):
-            leaves[place] = tensor
-        return pytree.tree_unflatten(leaves, self._structure)
+        """The output of all members, with `tensors` in place of the chunk's own."""
+        assert self._parts is not None
+        return self._parts.rebuilt(self.tensors if tensors is None else tensors)
+
+    def _accept(self, parts: Parts) -> None:
+        if self._parts is not None and (difference := self._parts.difference(parts)):
+            raise UnsupportedOperationError(
+                f"members return {difference}: only tensors may differ between members, return a tensor instead"
+            )
+        self._parts = parts
 
 
 class _Collected:
@@ -326,11 +358,26 @@ class _Collected:
         self._tensors = [tensor.new_empty((members, *tensor.shape[1:])) for tensor in first.tensors]
 
     def put(self, outputs: _Outputs, start: int) -> None:
+        self._first.append(outputs)
         for whole, part in zip(self._tensors, outputs.tensors, strict=True):
+            _check_shapes({tuple(whole.shape[1:]), tuple(part.shape[1:])})
             whole[start : start + len(part)] = part
 
     def tree(self) -> Any:
         return self._first.tree(self._tensors)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    _check_shapes({tuple(tensor.shape) for tensor in tensors})
+    return torch.stack(list(tensors))
+
+
+def _check_shapes(shapes: set[tuple[int, ...]]) -> None:
+    if len(shapes) > 1:
+        raise UnsupportedOperationError(
+            f"members return tensors of different shapes, {sorted(shapes)}: make them equal, "
+            "or run members alone with `population.member(i)`"
+        )
 
 
 def _tied(model: nn.Module, member: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:

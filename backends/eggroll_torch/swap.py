@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import threefry
+from eggroll import prng
 
 __all__ = ["restored", "seeded", "swapped", "uninterrupted"]
 
@@ -90,7 +91,13 @@ def seeded(key: Tensor, data: int) -> Iterator[None]:
         data: folded into the key.
     """
     devices = [key.device] if key.device.type == "cuda" else []
-    words = threefry.fold_in(key, torch.tensor(data, dtype=torch.int32, device=key.device)).tolist()
+    # Neither PyTorch's operations, which a mode may be watching, nor torch.manual_seed, which formats a stack trace
+    # for devices that are not there yet: each costs a millisecond, for every member.
+    high, low = prng.fold_in(key.cpu().numpy().view(np.uint32), data).tolist()
+    seed = (high << 32) | low
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed((words[0] << 32) ^ (words[1] & 0xFFFFFFFF))
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield

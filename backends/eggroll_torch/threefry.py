@@ -9,6 +9,7 @@ on blocks that stay in the cache, one thread for each of PyTorch's. Elsewhere th
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -145,6 +146,11 @@ def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="eggroll-noise")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has the pool but none of its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _block(k0: Tensor, k1: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:

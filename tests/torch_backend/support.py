@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 from typing import Any
 
@@ -19,14 +20,14 @@ def mlp(*sizes: int, seed: int = 0, bias: bool = True) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Linear(inputs, outputs, bias=bias), nn.Tanh()]
         return nn.Sequential(*layers[:-1])
 
 
 def quadratic(model: nn.Module) -> float:
     """Minus the squared distance of all parameters to 1."""
-    return -sum(float((parameter - 1).square().sum()) for parameter in model.parameters())
+    return -sum(float((parameter.detach() - 1).square().sum()) for parameter in model.parameters())
 
 
 def quadratic_of_population(population: Population) -> Tensor:
@@ -107,7 +108,7 @@ class RecordedMLP(nn.Module):
         super().__init__()
         sizes = [config["in_dim"], *config["hidden"], config["out_dim"]]
         self.layers = nn.ModuleList(
-            nn.Linear(inputs, outputs, bias=config["bias"]) for inputs, outputs in zip(sizes, sizes[1:], strict=False)
+            nn.Linear(inputs, outputs, bias=config["bias"]) for inputs, outputs in itertools.pairwise(sizes)
         )
         self.activation = {
             "relu": F.relu,

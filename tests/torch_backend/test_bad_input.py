@@ -17,7 +17,11 @@ NAN, INF = float("nan"), float("inf")
 
 # What the constructor is given, the error, and what its message says.
 CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"population_size": 7, "noise_reuse": 2}, ValueError, "`population_size` must be even with antithetic pairs, got 7"),
+    (
+        {"population_size": 7, "noise_reuse": 2},
+        ValueError,
+        "`population_size` must be even with antithetic pairs, got 7",
+    ),
     ({"population_size": 7, "antithetic": True}, ValueError, "`population_size` must be even"),
     ({"population_size": 0}, ValueError, "`population_size` must be an int of at least 2, got 0"),
     ({"population_size": -4}, ValueError, "`population_size` must be an int of at least 2, got -4"),
@@ -44,7 +48,11 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": NAN}, ValueError, "`learning_rate` must be a positive finite number, got nan"),
     ({"learning_rate": INF}, ValueError, "`learning_rate` must be a positive finite number, got inf"),
     ({"learning_rate": None}, TypeError, "`learning_rate` must be a positive finite number, got None"),
-    ({"noise_reuse": 3}, ValueError, "`noise_reuse` must be 0 or 1 (independent members) or 2 (antithetic pairs), got 3"),
+    (
+        {"noise_reuse": 3},
+        ValueError,
+        "`noise_reuse` must be 0 or 1 (independent members) or 2 (antithetic pairs), got 3",
+    ),
     ({"noise_reuse": 3}, ValueError, "use `noise_lifetime`"),
     ({"noise_reuse": -1}, ValueError, "`noise_reuse` must be 0 or 1"),
     ({"noise_reuse": True}, ValueError, "got True"),
@@ -56,7 +64,11 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"fitness_shaping": "z-score"}, ValueError, "`fitness_shaping` must be one of 'zscore', "),
     ({"fitness_shaping": "sign"}, ValueError, "it needs `antithetic=True`"),
     ({"gradient_scale": "big"}, ValueError, "`gradient_scale` must be one of 'reference', 'unbiased', got 'big'"),
-    ({"noise_dtype": torch.float32}, ValueError, "`noise_dtype` must be one of 'float32', 'param', got torch.float32"),
+    (
+        {"noise_dtype": torch.float32},
+        ValueError,
+        "`noise_dtype` must be one of 'float32', 'param', got torch.float32",
+    ),
     ({"nonfinite": "ignore"}, ValueError, "`nonfinite` must be one of 'raise', 'worst', got 'ignore'"),
     ({"chunk_size": 0}, ValueError, "`chunk_size` must be a positive int"),
     ({"chunk_size": 2.5}, TypeError, "`chunk_size` must be a positive int"),
@@ -71,15 +83,27 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"fitness_fn": quadratic, "population_fitness_fn": quadratic}, ValueError, "`population_fitness_fn`, not both"),
     ({"popsize": 8}, TypeError, "unexpected keyword argument 'popsize'"),
     ({"optimizer": "adam"}, TypeError, "`optimizer` must make an optimizer, such as torch.optim.AdamW"),
-    ({"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}, ValueError, "must leave the step size to `learning_rate`"),
-    ({"optimizer": lambda params, lr: None}, TypeError, "`optimizer` must make a torch.optim.Optimizer, it made None"),
+    (
+        {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)},
+        ValueError,
+        "must leave the step size to `learning_rate`",
+    ),
+    (
+        {"optimizer": lambda params, lr: None},
+        TypeError,
+        "`optimizer` must make a torch.optim.Optimizer, it made None",
+    ),
     ({"optimizer": functools.partial(torch.optim.SGD, momentum=-1.0)}, ValueError, "Invalid momentum value: -1.0"),
     ({"optimizer": functools.partial(torch.optim.SGD, momentun=0.9)}, TypeError, "'momentun'"),
 ]
 
 
 def identify(value: Any) -> str:
-    return ",".join(f"{name}={getattr(v, '__name__', v)}" for name, v in value.items()) if isinstance(value, dict) else ""
+    return (
+        ",".join(f"{name}={getattr(v, '__name__', v)}" for name, v in value.items())
+        if isinstance(value, dict)
+        else ""
+    )
 
 
 def assert_works(trainer: Any) -> None:
@@ -143,7 +167,12 @@ PARAMS: list[tuple[Callable[[], nn.Module], Params, type[Exception], str]] = [
     (lambda: mlp(3, 2), lambda m: m, TypeError, "got Sequential"),
     (lambda: mlp(3, 2), lambda m: None, TypeError, "got NoneType"),
     (lambda: mlp(3, 2), lambda m: ["0.weight"], TypeError, "str"),
-    (lambda: mlp(3, 2), lambda m: [{"lr": 1.0}], ValueError, "`params` groups must have the key 'params', got ['lr']"),
+    (
+        lambda: mlp(3, 2),
+        lambda m: [{"lr": 1.0}],
+        ValueError,
+        "`params` groups must have the key 'params', got ['lr']",
+    ),
     (
         lambda: mlp(3, 2),
         lambda m: [{"params": m.parameters(), "learning_rate": 1.0}],
@@ -205,7 +234,7 @@ def test_the_parameters_are_checked(
 
 def test_freeze_nonlora_of_a_model_without_matrices():
     model = nn.LayerNorm(3)
-    with pytest.raises(ValueError, match="must hold at least one|leaves no trainable parameter"):
+    with pytest.raises(ValueError, match=r"must hold at least one|leaves no trainable parameter"):
         make_trainer(model, freeze_nonlora=True)
 
 
@@ -400,7 +429,11 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda t: t.train(1.5), TypeError, "`num_generations` must be a non-negative int, got 1.5"),
     (lambda t: setattr(t, "sigma", NAN), ValueError, "`sigma` must be a positive finite number, got nan"),
     (lambda t: setattr(t, "sigma", 0), ValueError, "`sigma` must be a positive finite number, got 0"),
-    (lambda t: setattr(t, "learning_rate", -1), ValueError, "`learning_rate` must be a positive finite number, got -1"),
+    (
+        lambda t: setattr(t, "learning_rate", -1),
+        ValueError,
+        "`learning_rate` must be a positive finite number, got -1",
+    ),
     (lambda t: setattr(t, "population_size", 4), AttributeError, "population_size"),
     (lambda t: setattr(t, "rank", 4), AttributeError, "rank"),
     (lambda t: t.add_param_group({"params": [nn.Parameter(torch.ones(2))]}), ValueError, "of shape (2,), is not"),
@@ -411,6 +444,11 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
         lambda t: t.load_state_dict(make_trainer(optimizer=torch.optim.Adam).state_dict()),
         ValueError,
         "optimizer is 'Adam' there and 'SGD' here",
+    ),
+    (
+        lambda t: t.load_state_dict(make_trainer(randomness="same").state_dict()),
+        ValueError,
+        "randomness is 'same' there and 'different' here",
     ),
     (lambda t: t.load_state_dict({**t.state_dict(), "key": [1]}), ValueError, "`seed` must be an int or a key"),
 ]

@@ -4,8 +4,9 @@ import doctest
 import importlib
 import pkgutil
 
-import eggroll_torch
 import pytest
+
+import eggroll_torch
 
 MODULES = sorted(
     module.name

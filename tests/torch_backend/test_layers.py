@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from eggroll.torch import EGGROLLTrainer, MaterialisedWarning
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from eggroll.torch import EGGROLLTrainer, MaterialisedWarning
 
 MEMBERS = 12
 ROWS = 2
@@ -112,6 +113,11 @@ CASES = {
     ),
     "experts, bmm": Case(lambda: Call(lambda m, x: torch.bmm(x, m.w.mT), w=(3, 40, WIDTH)), features(3, ROWS, WIDTH)),
     "experts, einsum": Case(lambda: Call(lambda m, x: torch.einsum("bi,eoi->beo", x, m.w), w=(3, 40, WIDTH)), rows),
+    "x @ W, 3-d": Case(lambda: Call(lambda m, x: x @ m.w, w=(WIDTH, 40)), features(2, 1, WIDTH)),
+    "x @ W, 4-d": Case(lambda: Call(lambda m, x: torch.matmul(x, m.w.t()), w=(40, WIDTH)), features(2, 1, 1, WIDTH)),
+    "W @ x, 3-d": Case(lambda: Call(lambda m, x: m.w @ x, w=(40, WIDTH)), features(2, WIDTH, 1)),
+    "vector of weights @ W": Case(lambda: Call(lambda m, x: x + m.v @ m.w, v=(40,), w=(40, WIDTH)), rows),
+    "permuted, by keyword": Case(lambda: Call(lambda m, x: x @ m.w.permute(dims=(1, 0)), w=(40, WIDTH)), rows),
     "experts, one by one": Case(
         lambda: Call(
             lambda m, x: sum(F.linear(x, w) for w in m.w.unbind(0)) + F.linear(x, m.w[-1]), w=(3, 40, WIDTH)
@@ -131,6 +137,17 @@ CASES = {
     ),
     "narrow": Case(lambda: Call(lambda m, x: F.linear(x, m.w.narrow(0, 5, 20)), w=(40, WIDTH)), rows),
     "scaled weight": Case(lambda: Call(lambda m, x: F.linear(x, -m.w * 0.5 / 2), w=(40, WIDTH)), rows),
+    "ellipsis and negative indices": Case(
+        lambda: Call(
+            lambda m, x: F.linear(x, m.w[-1, ..., :-3, :]) + F.linear(x[:, 4:], m.w[0, 3:, 4:]), w=(2, 40, WIDTH)
+        ),
+        rows,
+    ),
+    "select and swapaxes": Case(
+        lambda: Call(lambda m, x: x @ m.w.swapaxes(-1, 1).select(0, -2), w=(3, 40, WIDTH)), rows
+    ),
+    "cast weight": Case(lambda: Call(lambda m, x: F.linear(x.float(), m.w.float()), w=(40, WIDTH)), rows),
+    "data of a weight": Case(lambda: Call(lambda m, x: F.linear(x, m.w.data), w=(40, WIDTH)), rows),
     "row": Case(lambda: Call(lambda m, x: x + m.w[3], w=(40, WIDTH)), rows),
     "lookup by index": Case(lambda: Call(lambda m, i: m.w[i], w=(50, WIDTH)), indices(ROWS)),
     "embedding": Case(lambda: nn.Embedding(50, WIDTH, padding_idx=3), indices(ROWS, 2)),
@@ -165,13 +182,18 @@ CASES = {
         features(3, 1, WIDTH),
     ),
     "transformer decoder layer": Case(
-        lambda: Call2(nn.TransformerDecoderLayer(WIDTH, 4, 40, batch_first=True).eval()), features(1, 3, WIDTH)
+        lambda: Call2(nn.TransformerDecoderLayer(WIDTH, 4, 40, batch_first=True).eval(), lambda x: (x, x)),
+        features(1, 3, WIDTH),
     ),
     "lstm": Case(lambda: nn.LSTM(WIDTH, 16, 2, batch_first=True), features(1, 4, WIDTH)),
     "lstm, bidirectional, projected": Case(
-        lambda: nn.LSTM(WIDTH, 16, bidirectional=True, proj_size=8), features(4, 1, WIDTH)
+        lambda: nn.LSTM(WIDTH, 16, bidirectional=True, proj_size=15), features(3, 1, WIDTH)
     ),
     "lstm without biases or batch": Case(lambda: nn.LSTM(WIDTH, 16, bias=False), features(4, WIDTH)),
+    "lstm from a state": Case(
+        lambda: Call2(nn.LSTM(WIDTH, WIDTH), lambda x: (x, (x[:1], x[1:2]))), features(3, 1, WIDTH)
+    ),
+    "gru from a state": Case(lambda: Call2(nn.GRU(WIDTH, WIDTH), lambda x: (x, x[-1:])), features(3, 1, WIDTH)),
     "gru": Case(lambda: nn.GRU(WIDTH, 16, 2, bidirectional=True), features(4, 1, WIDTH)),
     "rnn": Case(lambda: nn.RNN(WIDTH, 16, nonlinearity="relu", batch_first=True), features(1, 4, WIDTH)),
     "lstm cell": Case(lambda: nn.LSTMCell(WIDTH, 16), rows),
@@ -188,14 +210,15 @@ CASES = {
 
 
 class Call2(nn.Module):
-    """A module of two inputs, given one twice."""
+    """A module of several inputs, which are made from one."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, inputs: Callable[[torch.Tensor], tuple[object, ...]]):
         super().__init__()
         self.module = module
+        self.inputs = inputs
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module(x, x)
+    def forward(self, x: torch.Tensor) -> object:
+        return self.module(*self.inputs(x))
 
 
 class NoLargeTensor(TorchDispatchMode):

@@ -1,14 +1,19 @@
 """The fast draws against `eggroll.prng`, which defines them."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import array_api_compat.torch as xp
 import pytest
 import torch
 from core.support import ulp_distance
-from eggroll_torch import threefry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll import prng
+from eggroll_torch import threefry
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
 BLOCK = 64
@@ -52,44 +57,90 @@ def test_fold_in_of_any_words(words: tuple[int, int], data: int):
     assert torch.equal(fast.to(torch.uint32), prng.fold_in(key, data))
 
 
-def row_of(sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layout of a row in which key `k` draws ``sizes[k]`` numbers."""
-    key_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return key_of, torch.cat([torch.arange(size, dtype=torch.int32) for size in sizes])
+def rows_of(lengths: list[int], elsewhere: bool = False) -> threefry.Rows:
+    """Rows drawn on the CPU: as a CPU draws them, or as another device does."""
+    rows = threefry.Rows(lengths, torch.device("cpu"))
+    if elsewhere:
+        rows.device = torch.device("meta")
+        rows._counter_there = torch.from_numpy(rows._counter.astype("int32"))
+        rows._key_of_there = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return rows
 
 
-SIZES = [[1], [7], [129], [BLOCK], [BLOCK - 1, 1], [BLOCK + 1, 2], [3, 0, 5], [1, 1, 1, 1], [200, 61], [0]]
+LENGTHS = [[1], [7], [129], [BLOCK], [BLOCK - 1, 1], [BLOCK + 1, 2], [3, 0, 5], [1, 1, 1, 1], [200, 61], [0]]
+anywhere = pytest.mark.parametrize("elsewhere", [False, True], ids=["NumPy", "PyTorch"])
 
 
 @pytest.mark.usefixtures("small_blocks")
+@anywhere
 @pytest.mark.parametrize("rows", [1, 2, 9])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_every_element_of_a_row_is_that_of_its_key(sizes: list[int], rows: int, precision: prng.Precision):
-    keys = keys_of(rows, len(sizes))
-    fast = threefry.draw_normals(keys.to(torch.int32), *row_of(sizes), precision)
-    slow = torch.cat([prng.normal(keys[:, k], (size,), precision) for k, size in enumerate(sizes)], dim=1)
+def test_every_element_of_a_row_is_that_of_its_key(
+    lengths: list[int], rows: int, precision: prng.Precision, elsewhere: bool
+):
+    keys = keys_of(rows, len(lengths))
+    fast = rows_of(lengths, elsewhere).normals(keys.to(torch.int32), precision)
+    slow = torch.cat([prng.normal(keys[:, k], (length,), precision) for k, length in enumerate(lengths)], dim=1)
     assert ulp_distance(fast, slow) <= (4 if precision == "float32" else 0)
 
 
-def test_the_bits_equal_the_definition(monkeypatch: pytest.MonkeyPatch):
-    """Over a million draws: every bit, through a block of the size that is really used."""
-    seen = []
-    normal_ = threefry._normal_
-
-    def spy(bits: torch.Tensor, precision: prng.Precision) -> torch.Tensor:
-        seen.append(bits.clone())
-        return normal_(bits, precision)
-
-    monkeypatch.setattr(threefry, "_normal_", spy)
+@anywhere
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bits_equal_the_definition(threads: int, elsewhere: bool):
+    """Over a hundred thousand draws, through blocks of the size that is really used, by one thread and by two."""
     key = prng.key(2**40 + 12345, xp=xp)
-    size = 2**20 + 1
-    fast = threefry.draw_normals(key.to(torch.int32).view(1, 1, 2), *row_of([size]))
-    assert len(seen) > 1, "the draw is meant to cross a block"
-    assert torch.equal(torch.cat(seen, dim=1)[0].to(torch.uint32), prng.bits(key, (size,)))
-    slow = prng.normal(key, (size,))
-    assert ulp_distance(fast[0], slow) <= 4
-    assert float(fast.abs().max()) > 4.5, "the tail was drawn"
+    length = 2 * threefry._BLOCK + 1
+    seen: dict[int, torch.Tensor] = {}
+
+    def floats(bits: torch.Tensor) -> torch.Tensor:
+        seen[len(seen)] = bits.clone()
+        return (bits >> 8).bitwise_and(2**24 - 1).float()  # which float32 holds
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast = rows_of([length], elsewhere).draw(key.to(torch.int32).view(1, 1, 2), floats)
+    finally:
+        torch.set_num_threads(before)
+    expected = prng.bits(key, (length,))
+    assert torch.equal(fast[0], (expected.to(torch.int64) >> 8).float())
+    blocks = sorted(seen.values(), key=lambda block: -block.numel())
+    assert len(blocks) == (1 if elsewhere else 3)
+    if threads == 1:
+        assert torch.equal(torch.cat(list(seen.values()), dim=1)[0].to(torch.uint32), expected)
+
+
+@anywhere
+def test_the_tail_of_the_normals(elsewhere: bool):
+    key = prng.key(3, xp=xp)
+    fast = rows_of([2**20], elsewhere).normals(key.to(torch.int32).view(1, 1, 2))
+    assert ulp_distance(fast[0], prng.normal(key, (2**20,))) <= 4
+    assert float(fast.abs().max()) > 4.5
+    assert float(fast.mean()) == pytest.approx(0, abs=5e-3)
+    assert float(fast.std()) == pytest.approx(1, abs=5e-3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_draws_in_a_forked_process():
+    """A process that is forked after draws in threads has none of the threads."""
+    program = """
+        import os, torch
+        from eggroll_torch import threefry
+
+        torch.set_num_threads(2)
+        threefry._BLOCK = 1024  # too little for threads of PyTorch's own, which no forked process has either
+        rows = threefry.Rows([4 * threefry._BLOCK], torch.device("cpu"))
+        key = torch.tensor([[[1, 2]]], dtype=torch.int32)
+        expected = rows.normals(key)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(rows.normals(key), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -51,7 +51,9 @@ SHAPINGS: dict[str, str | Callable[[Tensor], Tensor]] = {
 } | {"a callable": square}
 
 
-def expected_directions(model: nn.Module, config: EggrollConfig, fitness: Tensor, generation: int) -> dict[str, Tensor]:
+def expected_directions(
+    model: nn.Module, config: EggrollConfig, fitness: Tensor, generation: int
+) -> dict[str, Tensor]:
     names = [name for name, _ in model.named_parameters()]
     keys = perturbation.parameter_keys(prng.key(0, xp=xp), names)
     weights = shape_fitness(fitness, config)
@@ -90,7 +92,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(getattr(v, "__name__", v)) for v in o.values()))
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(str(getattr(v, "__name__", v)) for v in o.values())
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_direction_is_that_of_the_core(options: dict[str, Any], dtype: torch.dtype):
     model = Zoo(dtype)
@@ -152,7 +156,9 @@ def test_the_direction_is_the_sum_over_materialised_members(scale: str, noise_re
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 8, MEMBERS - 1, MEMBERS, 10 * MEMBERS])
-@pytest.mark.parametrize("options", [{"noise_reuse": 2}, {}, {"fitness_shaping": "baseline", "group_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"noise_reuse": 2}, {}, {"fitness_shaping": "baseline", "group_size": 4}], ids=str
+)
 def test_chunks_of_any_size_give_the_same_direction(chunk_size: int, options: dict[str, Any]):
     directions = []
     for size in (None, chunk_size):
@@ -170,7 +176,9 @@ def test_a_constant_fitness_moves_nothing():
     for shaping in ("zscore", "group_zscore", "centered_rank", "sign", "baseline"):
         model = Zoo()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        trainer = make_trainer(model, population_size=MEMBERS, fitness_shaping=shaping, noise_reuse=2, learning_rate=1.0)
+        trainer = make_trainer(
+            model, population_size=MEMBERS, fitness_shaping=shaping, noise_reuse=2, learning_rate=1.0
+        )
         trainer.ask()
         trainer.tell([0.1] * MEMBERS)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), shaping

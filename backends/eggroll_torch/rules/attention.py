@@ -59,7 +59,7 @@ def _multi_head_attention(
         v = torch.cat([v, bias_v.expand(1, batch, -1)])
 
     def heads(x: Tensor) -> Tensor:  # (length, batch, embedding) to (batch, heads, length, head_dim)
-        return x.reshape(x.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3)
+        return x.reshape(x.shape[0], batch, num_heads, embed_dim // num_heads).permute(1, 2, 0, 3)
 
     q = heads(q)
     k = heads(k) if static_k is None else static_k.unflatten(0, (batch, num_heads))

@@ -5,6 +5,7 @@ one with the `rank` filters that the columns of ``B`` are, followed by a 1x1 by 
 its channels the other way round, so ``A`` comes first.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,10 +37,12 @@ def _convolution(function: Any, spatial: int) -> Any:
         if not _covers(input, weight, bias, spatial):
             return NotImplemented
         x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-        A, B = weight.noise.of_member()  # (out, rank), (in / groups * kernel, rank)
+        x, W, bias, A, B = _autocast(
+            x, plain(weight), bias, *weight.noise.of_member()
+        )  # A (out, rank), B (in / groups * kernel, rank)
         rank = A.shape[1]
         filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
-        base = function(x, plain(weight), bias, stride, padding, dilation, groups)
+        base = function(x, W, bias, stride, padding, dilation, groups)
         projected = function(x, filters, None, stride, padding, dilation, groups)  # (n, groups * rank, *out)
         out = base + _mix(projected, A.reshape(groups, -1, rank))
         return out if input.ndim == spatial + 2 else out.squeeze(0)
@@ -52,11 +55,13 @@ def _transposed_convolution(function: Any, spatial: int) -> Any:
         if not _covers(input, weight, bias, spatial):
             return NotImplemented
         x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-        A, B = weight.noise.of_member()  # (in, rank), (out / groups * kernel, rank)
+        x, W, bias, A, B = _autocast(
+            x, plain(weight), bias, *weight.noise.of_member()
+        )  # A (in, rank), B (out / groups * kernel, rank)
         rank = A.shape[1]
         filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
         mixed = _mix(x, A.reshape(groups, -1, rank).mT)  # (n, groups * rank, *in)
-        base = function(x, plain(weight), bias, stride, padding, output_padding, groups, dilation)
+        base = function(x, W, bias, stride, padding, output_padding, groups, dilation)
         out = base + function(mixed, filters, None, stride, padding, output_padding, groups, dilation)
         return out if input.ndim == spatial + 2 else out.squeeze(0)
 
@@ -67,6 +72,15 @@ for _function, _spatial in _CONVOLUTIONS.items():
     rule(_function)(_convolution(_function, _spatial))
 for _transposed, _spatial in _TRANSPOSED.items():
     rule(_transposed)(_transposed_convolution(_transposed, _spatial))
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> Any:
+    """The operands in the dtype that autocast, where it is on, gives them: `vmap` leaves some as they are."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
 def _covers(input: Tensor, weight: Any, bias: Any, spatial: int) -> bool:
@@ -82,5 +96,5 @@ def _covers(input: Tensor, weight: Any, bias: Any, spatial: int) -> bool:
 def _mix(x: Tensor, matrices: Tensor) -> Tensor:
     """A 1x1 convolution in groups: `x` ``(n, groups * a, *spatial)``, `matrices` ``(groups, b, a)``."""
     groups, b, a = matrices.shape
-    flat = x.reshape(x.shape[0], groups, a, -1)
+    flat = x.reshape(x.shape[0], groups, a, math.prod(x.shape[2:]))
     return (matrices @ flat).reshape(x.shape[0], groups * b, *x.shape[2:])

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..member_mode import FUNCTIONS
 from ..perturbed import PerturbedWeight, UnsupportedOperationError, plain, rule
 
 __all__ = ["rows"]
@@ -40,8 +41,10 @@ def _embedding_bag(
     include_last_offset=False,
     padding_idx=None,
 ):
-    _refuse_max_norm(weight, max_norm)
-    if not weight.is_matrix or isinstance(per_sample_weights, PerturbedWeight):
+    perturbed = isinstance(weight, PerturbedWeight)
+    if perturbed:
+        _refuse_max_norm(weight, max_norm)
+    if (perturbed and not weight.is_matrix) or isinstance(per_sample_weights, PerturbedWeight):
         return NotImplemented
     if input.ndim == 2:
         bags, length = input.shape
@@ -53,7 +56,7 @@ def _embedding_bag(
         places = torch.arange(input.shape[0], device=input.device)
         bag_of = torch.searchsorted(ends[: bags - 1].contiguous(), places, right=True)
         flat = input
-    found = rows(weight, flat)  # (entries, dim)
+    found = rows(weight, flat) if perturbed else F.embedding(flat, weight)  # (entries, dim)
     if padding_idx is None:
         counted = torch.ones_like(flat, dtype=found.dtype)
     else:
@@ -69,6 +72,16 @@ def _embedding_bag(
         return total
     count = counted.new_zeros(bags).index_add(0, bag_of, counted)
     return total / count.clamp(min=1).unsqueeze(-1)
+
+
+def _bag_of_another_weight(input, weight, offsets=None, max_norm=None, *args, **kwargs):
+    """Bags of a weight that is not perturbed, or densely: `vmap` has no batching rule for them."""
+    if isinstance(weight, PerturbedWeight) or max_norm is None:
+        return _embedding_bag(input, weight, offsets, max_norm, *args, **kwargs)
+    return F.embedding_bag(input, weight, offsets, max_norm, *args, **kwargs)
+
+
+FUNCTIONS[F.embedding_bag] = _bag_of_another_weight
 
 
 def _refuse_max_norm(weight: PerturbedWeight, max_norm: float | None) -> None:

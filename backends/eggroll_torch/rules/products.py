@@ -65,7 +65,11 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     if isinstance(input, PerturbedWeight) or out is not None:
         return NotImplemented
     product = _matmul(mat1, mat2)
-    return product if product is NotImplemented else torch.add(input * beta, product, alpha=alpha)
+    if product is NotImplemented:
+        return product
+    if torch.is_autocast_enabled(product.device.type):
+        input = input.to(product.dtype)
+    return torch.add(input * beta, product, alpha=alpha)
 
 
 @rule(torch.einsum)

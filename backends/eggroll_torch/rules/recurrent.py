@@ -50,12 +50,9 @@ def _run_layers(
     rate: float,
     train: bool,
     bidirectional: bool,
-    batch_first: Any,
+    batch_first: bool,
 ) -> tuple[Tensor, ...]:
     """All layers and directions: outputs, then the final state tensors, each ``(layers * directions, ...)``."""
-    if not isinstance(batch_first, bool):
-        # The variants for packed sequences pass a tensor of batch sizes and shift every argument after it.
-        raise UnsupportedOperationError(_packed(weights))
     x = input.transpose(0, 1) if batch_first and input.ndim == 3 else input  # (time, ..., features)
     directions = 2 if bidirectional else 1
     per_cell = len(weights) // (num_layers * directions)
@@ -93,8 +90,7 @@ def _run_direction(
 
 
 def _lstm(input, hx, params, has_biases, num_layers, rate, train, bidirectional, batch_first):
-    if isinstance(params, bool):
-        raise UnsupportedOperationError(_packed(has_biases))
+    _refuse_packed(has_biases)
     return _run_layers(
         _lstm_step, input, tuple(hx), params, has_biases, num_layers, rate, train, bidirectional, batch_first
     )
@@ -102,8 +98,7 @@ def _lstm(input, hx, params, has_biases, num_layers, rate, train, bidirectional,
 
 def _one_state(step: Step) -> Callable[..., Any]:
     def run(input, hx, params, has_biases, num_layers, rate, train, bidirectional, batch_first):
-        if isinstance(params, bool):
-            raise UnsupportedOperationError(_packed(has_biases))
+        _refuse_packed(has_biases)
         return _run_layers(
             step, input, (hx,), params, has_biases, num_layers, rate, train, bidirectional, batch_first
         )
@@ -135,6 +130,10 @@ for _function, _answer in _ANSWERS.items():
     FUNCTIONS[_function] = _answer
 
 
-def _packed(weights: Any) -> str:
-    names = [weight.noise.name for weight in weights if isinstance(weight, PerturbedWeight)]
-    return f"packed sequences have no rule for a population (parameters {names}): pad them instead"
+def _refuse_packed(has_biases: Any) -> None:
+    if isinstance(has_biases, bool):
+        return
+    # The variants for packed sequences have a tensor of batch sizes in second place, and the weights in fourth.
+    names = [weight.noise.name for weight in has_biases if isinstance(weight, PerturbedWeight)]
+    which = f" (parameters {', '.join(map(repr, names))})" if names else ""
+    raise UnsupportedOperationError(f"packed sequences have no rule for a population{which}: pad them instead")

@@ -51,6 +51,7 @@ def _row(weight: PerturbedWeight, index: int) -> Tensor:
 
 _T: Any = torch.Tensor.T
 _MT: Any = torch.Tensor.mT
+_DATA: Any = torch.Tensor.data
 
 
 @rule(_T.__get__, torch.t, torch.Tensor.t)
@@ -67,15 +68,15 @@ def _m_t(input):
 def _transpose(input, dim0, dim1):
     if input.noise.kernel is not None:
         return NotImplemented
-    dims = {dim % input.ndim for dim in (dim0, dim1)}
+    dims = {_axis(input, dim) for dim in (dim0, dim1)}
     if len(dims) == 1:
         return input
     return transposed(input) if dims == {input.ndim - 2, input.ndim - 1} else NotImplemented
 
 
 @rule(torch.permute, torch.Tensor.permute)
-def _permute(input, *dims):
-    order = [dim % input.ndim for dim in _flat(dims)]
+def _permute(input, *args, dims=None):
+    order = [_axis(input, dim) for dim in (_flat(args) if dims is None else dims)]
     identity = list(range(input.ndim))
     if input.noise.kernel is not None:
         return NotImplemented
@@ -98,6 +99,7 @@ def _getitem(input, index):
         place = indices.index(Ellipsis)
         missing = input.ndim - (len(indices) - 1)
         indices = (*indices[:place], *(slice(None),) * missing, *indices[place + 1 :])
+    plain(input)[index]  # raises what PyTorch says of indices that do not fit
     return _apply_indices(input, indices)
 
 
@@ -105,7 +107,8 @@ def _getitem(input, index):
 def _narrow(input, dim, start, length):
     if input.noise.kernel is not None or isinstance(start, Tensor):
         return NotImplemented
-    start %= max(input.shape[dim], 1)
+    plain(input).narrow(dim, start, length)  # raises what PyTorch says of a range that does not fit
+    start += input.shape[dim] if start < 0 else 0
     return part(input, dim, slice(start, start + length))
 
 
@@ -113,7 +116,7 @@ def _narrow(input, dim, start, length):
 def _select(input, dim, index):
     if input.noise.kernel is not None:
         return NotImplemented
-    dim %= input.ndim
+    dim = _axis(input, dim)
     return _apply_indices(input, (*(slice(None),) * dim, index))
 
 
@@ -129,6 +132,7 @@ def _unbind(input, dim=0):
 def _split(input, split_size_or_sections, dim=0):
     if input.noise.kernel is not None:
         return NotImplemented
+    plain(input).split(split_size_or_sections, dim)  # raises what PyTorch says of sections that do not fit
     length = input.shape[dim]
     if isinstance(split_size_or_sections, int):
         step = split_size_or_sections
@@ -167,11 +171,16 @@ def _unflatten(input, dim, sizes):
 
 @rule(torch.Tensor.to)
 def _to(input, *args, **kwargs):
+    args = tuple(plain(arg) if isinstance(arg, PerturbedWeight) else arg for arg in args)
+    if not isinstance(input, PerturbedWeight):
+        return input.to(*args, **kwargs)  # like a weight, of which that is all that counts
     return _cast(input, lambda tensor: tensor.to(*args, **kwargs))
 
 
 @rule(torch.Tensor.type_as)
 def _type_as(input, other):
+    if not isinstance(input, PerturbedWeight):
+        return input.to(other.dtype)
     return _cast(input, lambda tensor: tensor.to(other.dtype))
 
 
@@ -203,7 +212,7 @@ def _neg(input):
     return _scaled(input, -1)
 
 
-@rule(torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
+@rule(_DATA.__get__, torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
 def _same(input, **kwargs):
     return input
 
@@ -241,6 +250,12 @@ def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
     A = noise.A.reshape(noise.A.shape[0], *stack, rows, -1)
     B = noise.B.reshape(noise.B.shape[0], *(1,) * len(stack), columns, -1).expand(-1, *stack, -1, -1)
     return PerturbedWeight.make(base.reshape(target), replace(noise, A=A, B=B))
+
+
+def _axis(weight: PerturbedWeight, dim: int) -> int:
+    if not -weight.ndim <= dim < weight.ndim:
+        raise IndexError(f"`dim` must be in [{-weight.ndim}, {weight.ndim}), got {dim}")
+    return dim % weight.ndim
 
 
 def _resolved(shape: Sequence[int], numel: int) -> list[int]:

@@ -1,0 +1,102 @@
+"""The tensors in what a model takes and returns: in containers, in dataclasses, in any other object."""
+
+import copy
+import dataclasses
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["Parts"]
+
+_DATA = (int, float, complex, str, bytes, np.ndarray, np.generic, types.NoneType)
+_OPAQUE = (*_DATA, Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+class Parts:
+    """A tree taken apart into its tensors and the rest.
+
+    Containers are looked into as `torch.utils._pytree` does, and other objects that hold tensors, such as dataclasses
+    and the caches of Hugging Face's models, by their attributes.
+
+    Attributes:
+        tensors: in order.
+    """
+
+    def __init__(self, tree: Any):
+        self._leaves, self._structure = _flatten(tree, ())
+        self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [self._leaves[place] for place in self._places]
+
+    def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
+        """The tree with other tensors in place; objects are copies."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        return self._structure.rebuilt(leaves)
+
+    def difference(self, other: "Parts") -> str | None:
+        """What is not the same in another tree, apart from its tensors; None where nothing is."""
+        if self._places != other._places or len(self._leaves) != len(other._leaves):
+            return f"{_described(self)} and {_described(other)}"
+        for mine, theirs in zip(self._leaves, other._leaves, strict=True):
+            plain = isinstance(mine, _DATA) or isinstance(theirs, _DATA)
+            if plain and not (type(mine) is type(theirs) and np.array_equal(mine, theirs)):
+                return f"{mine!r} and {theirs!r}"
+        return None
+
+
+@dataclasses.dataclass
+class _Structure:
+    """How leaves make a tree: containers, and objects in the places of some of their leaves."""
+
+    containers: Any
+    objects: list[tuple[Any, "_Structure"] | None]
+    count: int
+
+    def rebuilt(self, leaves: list[Any]) -> Any:
+        values, start = [], 0
+        for inside in self.objects:
+            if inside is None:
+                values.append(leaves[start])
+                start += 1
+                continue
+            original, structure = inside
+            twin = copy.copy(original)
+            for name, value in structure.rebuilt(leaves[start : start + structure.count]).items():
+                object.__setattr__(twin, name, value)
+            values.append(twin)
+            start += structure.count
+        return pytree.tree_unflatten(values, self.containers)
+
+
+def _flatten(tree: Any, above: tuple[int, ...]) -> tuple[list[Any], _Structure]:
+    values, containers = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    objects: list[tuple[Any, _Structure] | None] = []
+    for value in values:
+        attributes = None if id(value) in above else _attributes(value)
+        if attributes:
+            inner, structure = _flatten(attributes, (*above, id(value)))
+            if any(isinstance(leaf, Tensor) for leaf in inner):
+                leaves += inner
+                objects.append((value, structure))
+                continue
+        leaves.append(value)
+        objects.append(None)
+    return leaves, _Structure(containers, objects, len(leaves))
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, _OPAQUE):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _described(parts: Parts) -> str:
+    return f"{len(parts.tensors)} tensors among {len(parts._leaves)} values"

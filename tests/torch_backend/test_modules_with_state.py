@@ -1,0 +1,188 @@
+"""Normalisation and buffers: members see their own batch's statistics, and nothing they write reaches the model."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_backend.support import assert_close, assert_identical, make_trainer
+
+from eggroll.torch import MaterialisedWarning
+
+MEMBERS = 8
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer and uses the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x) * self.calls
+
+
+class Remembering(nn.Module):
+    """Writes what differs between members to a buffer, in place or by assignment."""
+
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("last", torch.zeros(4))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) + self.last
+        if self.in_place:
+            self.last.copy_(y.mean(0))
+        else:
+            self.last = y.mean(0)
+        return y + self.last
+
+
+def with_norm(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(6, 4), norm(), nn.Linear(4, 3))
+
+
+def over_channels(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2), norm(), nn.Flatten(), nn.Linear(8, 3))
+
+
+STATEFUL: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": with_norm(lambda: nn.BatchNorm1d(4)),
+    "batch norm without weights": with_norm(lambda: nn.BatchNorm1d(4, affine=False)),
+    "batch norm, cumulative": with_norm(lambda: nn.BatchNorm1d(4, momentum=None)),
+    "batch norm without running statistics": with_norm(lambda: nn.BatchNorm1d(4, track_running_stats=False)),
+    "batch norm of channels": over_channels(lambda: nn.BatchNorm1d(4)),
+    "instance norm": over_channels(lambda: nn.InstanceNorm1d(4)),
+    "instance norm, running": over_channels(lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True)),
+    "group norm": over_channels(lambda: nn.GroupNorm(2, 4)),
+    "counting": Counting,
+    "remembering by assignment": lambda: Remembering(False),
+}
+
+
+def model_of(make: Callable[[], nn.Module], train: bool) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2.0)
+        return model.train(train)
+
+
+def members_alone(model: nn.Module, population: Any, x: Tensor, per_member: bool) -> list[Tensor]:
+    """The output of a copy of the model for each member, all starting from the model's buffers."""
+    outputs = []
+    for i in range(MEMBERS):
+        alone = copy.deepcopy(model)
+        alone.load_state_dict(population.state_dict(i))
+        with torch.no_grad():
+            outputs.append(alone(x[i] if per_member else x))
+    return outputs
+
+
+@pytest.mark.parametrize("per_member", [False, True], ids=["shared", "per member"])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_members_have_statistics_of_their_own_and_buffers_stay(
+    name: str, train: bool, chunk_size: int | None, per_member: bool
+) -> None:
+    model = model_of(STATEFUL[name], train)
+    before = copy.deepcopy(model.state_dict())
+    buffers = dict(model.named_buffers())
+    x = torch.randn(*((MEMBERS,) if per_member else ()), 10, 6, generator=torch.Generator().manual_seed(1))
+    population = make_trainer(model, population_size=MEMBERS, sigma=0.3, chunk_size=chunk_size).ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MaterialisedWarning)
+        outputs = population(x, per_member=per_member)
+    for output, expected in zip(outputs, members_alone(model, population, x, per_member), strict=True):
+        assert_close(output, expected, 1e-5)
+    assert_identical(dict(model.state_dict()), dict(before))
+    for buffer_name, buffer in model.named_buffers():
+        assert buffer is buffers[buffer_name]
+
+
+def test_a_buffer_that_gets_what_differs_between_members() -> None:
+    model = model_of(lambda: Remembering(True), True)
+    before = copy.deepcopy(model.state_dict())
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=4).ask()
+    x = torch.randn(10, 6)
+    with pytest.warns(MaterialisedWarning, match="one by one") as caught:
+        outputs = population(x)
+    assert len(caught) == 1
+    for output, expected in zip(outputs, members_alone(model, population, x, False), strict=True):
+        assert_close(output, expected, 1e-6)
+    assert_identical(dict(model.state_dict()), dict(before))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_fitness_fn_leaves_the_buffers_alone_too(name: str) -> None:
+    model = model_of(STATEFUL[name], True)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    x = torch.randn(10, 6)
+    trainer = make_trainer(model, population_size=MEMBERS, fitness_fn=lambda member: float(member(x).sum()))
+    trainer.step()
+    assert_identical(dict(model.named_buffers()), before)
+
+
+class InPlace(nn.Module):
+    """Changes its input, its weights or a part of them in place."""
+
+    def __init__(self, change: Callable[["InPlace", Tensor], None]):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.change(self, x)
+        return self.linear(x) * self.scale
+
+
+def assign_data(model: InPlace, x: Tensor) -> None:
+    model.linear.weight.data = model.linear.weight.data * 0.5
+
+
+CHANGES: dict[str, tuple[Callable[[InPlace, Tensor], Any], bool]] = {
+    # the change, and whether members can do it at once
+    "input": (lambda m, x: x.mul_(2), True),
+    "input by weights": (lambda m, x: x.add_(m.scale.sum()), False),
+    "matrix": (lambda m, x: m.linear.weight.mul_(0.5), False),
+    "rows": (lambda m, x: m.linear.weight.__setitem__(0, 0.0), False),
+    "clamped data": (lambda m, x: m.linear.weight.data.clamp_(-0.1, 0.1), False),
+    "assigned data": (assign_data, False),
+    "vector": (lambda m, x: m.scale.mul_(3), True),
+    "renormalised": (lambda m, x: m.linear.weight.div_(m.linear.weight.norm()), False),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_members_change_in_place_is_their_own(name: str, chunk_size: int | None) -> None:
+    change, at_once = CHANGES[name]
+    model = model_of(lambda: InPlace(change), True)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    given = x.clone()
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=chunk_size).ask()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = population(given)
+    assert any("one by one" in str(w.message) for w in caught) == (not at_once)
+    assert torch.equal(given, x)
+    assert_identical(dict(model.state_dict()), dict(before))
+    for i, output in enumerate(outputs):
+        alone = copy.deepcopy(model)
+        alone.load_state_dict(population.state_dict(i))
+        with torch.no_grad():
+            assert_close(output, alone(x.clone()), 1e-5)
