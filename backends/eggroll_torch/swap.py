@@ -88,12 +88,12 @@ def seeded(key: Tensor, data: int) -> Iterator[None]:
 
     Args:
         key: int32, shape ``(2,)``.
-        data: folded into the key.
+        data: folded into the key; -1 for what belongs to no member.
     """
     devices = [key.device] if key.device.type == "cuda" else []
     # Neither PyTorch's operations, which a mode may be watching, nor torch.manual_seed, which formats a stack trace
     # for devices that are not there yet: each costs a millisecond, for every member.
-    high, low = prng.fold_in(key.cpu().numpy().view(np.uint32), data).tolist()
+    high, low = prng.fold_in(key.cpu().numpy().view(np.uint32), data & 0xFFFFFFFF).tolist()
     seed = (high << 32) | low
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)

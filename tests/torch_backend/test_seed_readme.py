@@ -44,7 +44,7 @@ def test_the_class_of_the_second_block_trains(readme: dict[str, Any]):
     model = nn.Linear(3, 1)
 
     def fitness_fn(model: nn.Module) -> float:
-        return -sum(float((parameter - 1).square().sum()) for parameter in model.parameters())
+        return -sum(float((parameter.detach() - 1).square().sum()) for parameter in model.parameters())
 
     trainer = readme["MyESTrainer"](
         model.parameters(), model=model, fitness_fn=fitness_fn, population_size=32, learning_rate=0.1, seed=0
