@@ -293,8 +293,13 @@ class Trainer(torch.optim.Optimizer):
         group = {**param_group, "params": added}
         self._check_group_options([{**self.optimizer.defaults, **group}])
         self.optimizer.add_param_group(group)
+        try:
+            self._train(trainable)
+        except (TypeError, ValueError):  # its options are wrong: the group was never there
+            self.param_groups.pop()
+            self._train(named_trainable(self.model, flatten_groups(self.param_groups)))
+            raise
         self._initial_options.append(_options(self.param_groups[-1]))
-        self._train(trainable)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later `load_state_dict` needs to go on to the bit, apart from the model's own `state_dict`.

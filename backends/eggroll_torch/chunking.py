@@ -14,7 +14,7 @@ __all__ = ["ChunkSize", "Chunking", "chunk_ranges"]
 ChunkSize = int | Literal["auto"] | None
 
 # A chunk whose tensors stay below this is faster on a CPU than a larger one, whose every tensor is mapped anew.
-_CPU_BYTES = 48 << 20
+_CPU_BYTES = 24 << 20
 # Of the free memory: the rest is for what is not measured, such as the workspaces of libraries.
 _SHARE = 0.5
 # Noise that is drawn at a time where nothing else decides, in numbers (64 MiB).

@@ -14,8 +14,9 @@ from . import threefry
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
-# Rows of a block times features times bytes: what two cores' second-level caches hold.
-_BLOCK_BYTES = 1 << 21
+# Bytes of a block of rows: they stay in the last-level cache between the product and what is added to it, and a block
+# is large enough for a product that keeps all cores busy.
+_BLOCK_BYTES = 1 << 24
 
 
 @torch.library.custom_op("eggroll::perturbed_linear", mutates_args=())
@@ -271,7 +272,7 @@ def _embedding_of_members(index: Tensor, weight: Tensor, A: Tensor, B: Tensor, s
     by_draw = index.reshape(draws, copies * rows)
     picked = A.gather(1, by_draw.unsqueeze(-1).expand(-1, -1, rank)).view(draws, copies, rows, rank)
     picked = (picked * (signs * scale).to(weight.dtype).view(draws, copies, 1, 1)).flatten(1, 2)
-    _add_outer_(out.view(draws, copies * rows, -1), picked, B)
+    _add_outer_(out.view(draws, copies * rows, weight.shape[1]), picked, B)
     return out
 
 

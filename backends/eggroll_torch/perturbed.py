@@ -40,6 +40,7 @@ class Policy:
         warned: what was warned about.
         used: names of the parameters that took part in a computation.
         one_by_one: the model cannot be vectorised over members.
+        writes_to_inputs: whether the model changes its inputs in place; None until it has run.
         forward_passes: how many were seen whose use of parameters could be followed.
     """
 
@@ -48,6 +49,7 @@ class Policy:
     used: set[str] = field(default_factory=set)
     one_by_one: bool = False
     forward_passes: int = 0
+    writes_to_inputs: bool | None = None
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The parameters that took no part in any forward pass so far; none where no pass could be followed."""

@@ -195,7 +195,7 @@ class Population:
         for part in self.chunks(size):
             weights.prepare(part.members)
             for index in range(len(part)):
-                with part.member(index) as model, weights.policy.watching(model), self._seeded(part.members[index]):
+                with part.member(index) as model, self._seeded(part.members[index]), weights.policy.watching(model):
                     scores.append(fitness_fn(model))
         return scores
 
@@ -235,16 +235,19 @@ class Population:
 
     @torch.no_grad()
     def _run_chunk(self, call: "_Call", members: range) -> "_Outputs":
+        weights = self.weights
+        # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
+        # Copies of the inputs are made until a call has shown that the model does not write to them.
         inputs = call.inputs(members.start - self._members.start, len(members))
+        copied = weights.policy.writes_to_inputs is not False
+        inputs = [tensor.clone() for tensor in inputs] if copied else inputs
         outputs = _Outputs()
         caller = _Caller(self._model, call.method)
-        weights = self.weights
         index = torch.arange(members.start, members.stop, device=weights.device)
         buffers = {f"model.{name}": buffer for name, buffer in self._model.named_buffers()}
 
         def run_member(index: Tensor, mine: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
-            # Members write to copies: nothing of one chunk reaches the next, the model or the caller.
-            args, kwargs = call.arguments([tensor.clone() for tensor in inputs])
+            args, kwargs = call.arguments(inputs)
             bound = {f"model.{name}": value for name, value in weights.bind(members, index, mine).items()}
             bound |= {name: buffer.clone() for name, buffer in buffers.items()}
             with MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, weights.randomness_key):
@@ -257,16 +260,21 @@ class Population:
                 return run(index, weights.batched(members), inputs)
 
         def run_one_by_one() -> list[Tensor]:
+            weights.policy.writes_to_inputs = True  # members come one after another: each gets a copy of its own
             outputs.clear()
             weights.prepare(members)
+            fresh = call.inputs(members.start - self._members.start, len(members))
             rows = []
             for i, member in enumerate(members):
                 with self._seeded(member):
-                    rows.append(run_member(index[i], weights.materialise(member), call.of_member(inputs, i)))
+                    given = [tensor.clone() for tensor in call.of_member(fresh, i)]
+                    rows.append(run_member(index[i], weights.materialise(member), given))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
         outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
+        if copied and not weights.policy.writes_to_inputs:
+            weights.policy.writes_to_inputs = any(tensor._version for tensor in inputs)
         return outputs
 
     def _seeded(self, member: int) -> contextlib.AbstractContextManager[None]:

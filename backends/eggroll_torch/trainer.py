@@ -1,5 +1,6 @@
 """`EGGROLLTrainer`: trains a `torch.nn.Module` with low-rank evolution strategies."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -214,6 +215,7 @@ class EGGROLLTrainer(Trainer):
         del values["sigma"]  # it may change from one generation to the next
         if callable(self.config.fitness_shaping):
             values["fitness_shaping"] = getattr(self.config.fitness_shaping, "__qualname__", "callable")
+        values["noise"] = copy.deepcopy(self._patterns)
         return values
 
 
