@@ -125,7 +125,7 @@ def test_structures_go_through(chunk_size: int | None, per_member: bool, one_by_
         with population.member(i) as model, torch.no_grad():
             expected = model(*mine, **named)
         for got, wanted in zip(tensors(outputs), tensors(expected), strict=True):
-            assert_close(got[i], wanted, 1e-5)
+            assert_close(got[i], wanted, 1e-5, of=got)
 
 
 @pytest.mark.parametrize("per_member", [False, True], ids=["shared", "per member"])
