@@ -20,7 +20,9 @@ PACKAGES = {"eggroll": ROOT / "eggroll"} | {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="there is no source tree to build from"),
+    pytest.mark.skipif(
+        not (ROOT / "eggroll" / "__init__.py").exists(), reason="there is no source tree to build from"
+    ),
 ]
 
 # What pip says where it has no network to fetch the build backend from.
