@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 
 # The suite, on the wheel, from outside the repository.
 test-wheel: $(VENV)/.dev
-	$(BIN)/python tests/run_on_wheel.py $(PYTEST_ARGUMENTS)
+	$(BIN)/python tests/run_on_wheel.py $(PYTEST_ARGUMENTS) $(ON_WHEEL)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

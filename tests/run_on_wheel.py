@@ -27,7 +27,7 @@ def main() -> int:
         Path(site, "development.pth").write_text(sysconfig.get_path("purelib") + "\n")
         for part in ("tests", "examples", "benchmarks", "docs"):
             shutil.copytree(REPOSITORY / part, outside / part)
-        for part in ("pyproject.toml", "README.md"):
+        for part in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(REPOSITORY / part, outside)
         where = run(str(python), "-c", "import eggroll; print(eggroll.__file__)", capture=True, cwd=outside)
         if Path(site) not in Path(where.strip()).parents:
