@@ -1,0 +1,10 @@
+"""What every test may rely on, however the suite was started."""
+
+import signal
+
+
+def pytest_configure() -> None:
+    # A shell that starts the suite in the background has it ignore Ctrl-C, and with it every process that it starts:
+    # tests that interrupt something would then wait for ever.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
