@@ -5,8 +5,8 @@
 
 Every workload runs in one process; methods take turns, so a noisy machine disturbs them alike, and what counts are
 the ratios to the pure batched inference of the same run. Writes JSON, a Markdown table and plots to docs/benchmarks/.
-Members one at a time and full-rank evolution strategies are timed on a share of the population and scaled up; the
-table says so.
+Members one at a time and full-rank evolution strategies (`VanillaESTrainer`, with noise of the same generator) are
+timed on a share of the population and scaled up; the table says so.
 """
 
 import argparse
@@ -21,10 +21,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from workloads import WORKLOADS, Workload, mlp
 
-from eggroll.torch import EGGROLLTrainer, Population
+from eggroll.torch import EGGROLLTrainer, Population, VanillaESTrainer
 
 SCALING = [2**power for power in range(8, 17)]
 SCALING_CHUNK = 256
@@ -113,21 +112,22 @@ def slow_methods(workload: Workload, model: nn.Module, x: torch.Tensor, populati
             with population.member(index):
                 model(x[index] if workload.per_member else x)
 
-    full = max(2, min(workload.members, 16))
-
-    def full_rank() -> None:
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-        noise = {name: torch.randn(full, *p.shape, device=p.device) for name, p in parameters.items()}
-        weights = {name: parameters[name] + 0.1 * noise[name] for name in parameters}
-        axes = (0, 0 if workload.per_member else None)
-        given = x[:full] if workload.per_member else x
-        out = torch.vmap(lambda w, v: functional_call(model, w, (v,)), axes)(weights, given)
-        fitness = score(out)
-        for values in noise.values():
-            torch.tensordot(fitness, values, 1)
+    full = max(2, min(workload.members, 64))
+    full_rank = VanillaESTrainer(
+        model.parameters(),
+        model=model,
+        population_fitness_fn=lambda population: score(
+            population(x[:full] if workload.per_member else x, per_member=workload.per_member)
+        ),
+        population_size=full,
+        chunk_size=min(full, 16),
+        learning_rate=1e-6,
+        seed=0,
+    )
+    full_rank.step()
 
     yield "one member at a time", loop / workload.members, one_at_a_time
-    yield "full-rank ES", full / workload.members, full_rank
+    yield "full-rank ES", full / workload.members, full_rank.step
 
 
 def score(outputs: torch.Tensor) -> torch.Tensor:

@@ -214,7 +214,7 @@ def _generation_keys(
     """The key of every layer of every parameter in a generation, int32 of shape ``(n_keys, 2)``."""
     epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
     layers = [
-        prng.fold_in(perturbation.stacked_keys(keys[parameter.name], parameter.stack), epoch).reshape(-1, 2)
+        perturbation.stacked_keys(keys[parameter.name], parameter.stack).reshape(-1, 2).to(torch.int32)
         for parameter in parameters
     ]
-    return torch.cat([layer.to(torch.int32) for layer in layers])
+    return threefry.fold_in(torch.cat(layers), torch.tensor(epoch, dtype=torch.int32))

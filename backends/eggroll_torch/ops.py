@@ -14,9 +14,9 @@ from . import threefry
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
-# Bytes of a block of rows: they stay in the last-level cache between the product and what is added to it, and a block
-# is large enough for a product that keeps all cores busy.
-_BLOCK_BYTES = 1 << 24
+# Bytes of a block of rows: they stay in the cache between the product and what is added to it, and a block is large
+# enough for a product that keeps all cores busy.
+_BLOCK_BYTES = 1 << 22
 
 
 @torch.library.custom_op("eggroll::perturbed_linear", mutates_args=())
@@ -221,25 +221,24 @@ def _linear_of_members(
     out = x.new_empty(members, rows, out_features)
     if out.numel() == 0:
         return out
-    shared_bias = bias if bias is not None and bias.ndim == 1 else None
     own_bias = bias if bias is not None and bias.ndim == 2 else None
-    base = torch.nn.functional.linear(x, weight, shared_bias) if shared else None
+    base = torch.nn.functional.linear(x, weight, None if own_bias is not None else bias) if shared else None
     signs = (signs * scale).to(x.dtype).view(draws, copies, 1, 1)
     for draw in range(0, draws, step := _draws_in_block(x, copies * rows * max(in_features, out_features))):
-        here = slice(draw, draw + step)
-        block = out[draw * copies : (draw + step) * copies]  # (members of the block, rows, out)
-        A_, B_ = A[here], B[here]
+        here, these = slice(draw, draw + step), slice(draw * copies, (draw + step) * copies)
+        block, A_, B_ = out[these], A[here], B[here]  # `block`: (members of the block, rows, out)
         if base is not None:
-            block.copy_(base)
-            projected = _shared_projection(x, B_).unsqueeze(1)  # (draws, 1, rows, rank)
+            left = _shared_projection(x, B_).unsqueeze(1) * signs[here]  # (draws, copies, rows, rank)
+            _outer_into(block, base, left, A_)
+            if own_bias is not None:
+                block.add_(own_bias[these].unsqueeze(1))
         else:
-            x_ = x[draw * copies : (draw + step) * copies]
-            _linear_into(block.view(-1, out_features), x_.reshape(-1, in_features), weight, shared_bias)
-            projected = _projection(x_.reshape(-1, copies * rows, in_features), B_).unflatten(1, (copies, rows))
-        projected = (projected * signs[here]).flatten(1, 2)  # (draws, copies * rows, rank)
-        _add_outer_(block.view(-1, copies * rows, out_features), projected, A_)
-        if own_bias is not None:
-            block.add_(own_bias[draw * copies : (draw + step) * copies].unsqueeze(1))
+            # The small terms first: the product with the weight adds to them while they are in the cache.
+            x_ = x[these].reshape(-1, in_features)
+            left = _projection(x_.view(-1, copies * rows, in_features), B_).unflatten(1, (copies, rows)) * signs[here]
+            _outer_into(block, bias if own_bias is None else own_bias[these].unsqueeze(1), left, A_)
+            flat = block.view(-1, out_features)
+            torch.addmm(flat, x_, weight.mT, out=flat)
     return out
 
 
@@ -284,20 +283,44 @@ def _add_outer_(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.baddbmm_(left, right.mT)
 
 
-def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x, weight.mT, out=out)
+def _outer_into(out: Tensor, start: Tensor | None, left: Tensor, right: Tensor) -> None:
+    """``out = start + left @ right.T``, where `start` broadcasts against `out`, or is nothing.
+
+    Args:
+        out: shape ``(draws * copies, rows, n)``.
+        left: shape ``(draws, copies, rows, rank)``.
+        right: shape ``(draws, n, rank)``.
+    """
+    draws, copies, rows, rank = left.shape
+    if rank > 1:
+        if start is None:
+            out.zero_()
+        else:
+            out.copy_(start)
+        out.view(draws, copies * rows, -1).baddbmm_(left.flatten(1, 2), right.mT)
+        return
+    by_draw = out.view(draws, copies, rows, -1)
+    right = right.view(draws, 1, 1, -1)
+    if start is None:
+        torch.mul(left, right, out=by_draw)
     else:
-        torch.addmm(bias, x, weight.mT, out=out)
+        if start.ndim == 3:
+            start = start.view(draws, copies, 1, -1)
+        torch.addcmul(start, left, right, out=by_draw)
 
 
 def _projection(x: Tensor, B: Tensor) -> Tensor:
     """``x @ B`` for each draw, shape ``(draws, rows, rank)``.
 
     Written as its transpose, which CPU libraries run two and a half times as fast: their kernels expect a wide
-    result, not a tall one.
+    result, not a tall one. One row is too few for them, too: vectors are taken in twos, and of the four products those
+    of a draw with its own rows are kept.
     """
-    return torch.bmm(B.mT, x.mT).mT
+    draws, rows, in_features = x.shape
+    if x.device.type != "cpu" or B.shape[-1] > 1 or draws % 2:
+        return torch.bmm(B.mT, x.mT).mT
+    both = torch.bmm(B.reshape(-1, 2, in_features), x.view(-1, 2 * rows, in_features).mT)
+    return both.view(-1, 2, 2, rows).diagonal(dim1=1, dim2=2).mT.reshape(draws, rows, 1)
 
 
 def _shared_projection(x: Tensor, B: Tensor) -> Tensor:

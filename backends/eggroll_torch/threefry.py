@@ -10,6 +10,7 @@ in blocks, one thread for each of PyTorch's. Elsewhere they run in PyTorch's int
 
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -39,8 +40,13 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
         int32, shape ``(..., 2)``.
     """
     k0, k1, data = torch.broadcast_tensors(keys[..., 0], keys[..., 1], data)
-    x0, x1 = _block(k0.contiguous(), k1.contiguous(), data + k1)
-    return torch.stack([x0, x1], dim=-1)
+    if keys.device.type != "cpu":
+        return torch.stack(_block(k0.contiguous(), k1.contiguous(), data + k1), dim=-1)
+    words = np.empty((6, data.numel()), np.uint32)
+    words[1], words[3], words[4] = (part.reshape(-1).numpy().view(np.uint32) for part in (data, k0, k1))
+    words[1] += words[4]
+    _block_of_words(words)
+    return torch.from_numpy(words[:2].view(np.int32)).mT.contiguous().view(*data.shape, 2)
 
 
 class Rows:
@@ -88,7 +94,10 @@ class Rows:
         out = torch.empty(rows, self.length, dtype=torch.float32)
         words = keys.contiguous().numpy().view(np.uint32)
         columns = max(1, min(self.length, _BLOCK))
+        threads = torch.get_num_threads()
         block_rows = max(1, _BLOCK // columns)
+        # As many blocks as keep all threads busy to the end.
+        block_rows = -(-rows // (threads * -(-rows // (threads * block_rows)))) if rows else 1
 
         def fill(corner: tuple[int, int]) -> None:
             row, column = corner
@@ -97,36 +106,42 @@ class Rows:
             block.copy_(floats(torch.from_numpy(bits.view(np.int32))))
 
         corners = [(row, column) for row in range(0, rows, block_rows) for column in range(0, self.length, columns)]
-        if len(corners) > 1 and torch.get_num_threads() > 1:
-            list(_threads(torch.get_num_threads()).map(fill, corners))
+        if len(corners) > 1 and threads > 1:
+            list(_threads(threads).map(fill, corners))
         else:
             for corner in corners:
                 fill(corner)
         return out
 
     def _bits(self, words: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """The bits of some columns for rows of keys, uint32, in NumPy."""
-        k0 = np.empty((len(words), stop - start), np.uint32)
-        k1 = np.empty_like(k0)
+        """The bits of some columns for rows of keys, uint32, in NumPy, until this thread's next call."""
+        block = _scratch(6, (len(words), stop - start))
+        k0, k1 = block[3:5]
         for key, (first, last) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
             here = slice(max(first, start) - start, min(last, stop) - start)
             if here.start < here.stop:
                 k0[:, here] = words[:, key, :1]
                 k1[:, here] = words[:, key, 1:]
-        x0, x1 = k0.copy(), k1 + self._counter[start:stop]
-        keys = (k0, k1, (k0 ^ k1) ^ np.uint32(_PARITY))
-        scratch = np.empty_like(x1)
-        for group in range(5):
-            for rotation in _ROTATIONS[group % 2]:
-                np.add(x0, x1, out=x0)
-                np.right_shift(x1, np.uint32(32 - rotation), out=scratch)
-                np.left_shift(x1, np.uint32(rotation), out=x1)
-                np.bitwise_or(x1, scratch, out=x1)
-                np.bitwise_xor(x1, x0, out=x1)
-            np.add(x0, keys[(group + 1) % 3], out=x0)
-            np.add(x1, keys[(group + 2) % 3], out=x1)
-            np.add(x1, np.uint32(group + 1), out=x1)
-        return np.bitwise_xor(x0, x1, out=x0)
+        np.add(k1, self._counter[start:stop], out=block[1])
+        _block_of_words(block)
+        return np.bitwise_xor(block[0], block[1], out=block[0])
+
+
+class _Memory(threading.local):
+    """What a thread draws in: memory fresh from the system costs as much time as the numbers that it is for."""
+
+    words = np.empty(0, np.uint32)
+
+
+_memory = _Memory()
+
+
+def _scratch(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """`count` uint32 arrays of a shape, the same at every call in a thread."""
+    size = math.prod(shape)
+    if _memory.words.size < count * size:
+        _memory.words = np.empty(count * size, np.uint32)
+    return _memory.words[: count * size].reshape(count, *shape)
 
 
 def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
@@ -144,12 +159,46 @@ def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="eggroll-noise")
+    started = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # of this thread; but threads that start from now on would have one, too
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="eggroll-noise", initializer=start)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(count)
+    return pool
 
 
 if hasattr(os, "register_at_fork"):
     # A forked process has the pool but none of its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+def _block_of_words(words: np.ndarray) -> None:
+    """`_block` in place, in NumPy.
+
+    Args:
+        words: uint32, shape ``(6, ...)``. On entry 1, 3 and 4 are `x1`, `k0` and `k1`; on return 0 and 1 are the
+            words of the block.
+    """
+    x0, x1, scratch, *keys = words
+    np.bitwise_xor(keys[0], keys[1], out=keys[2])
+    np.bitwise_xor(keys[2], np.uint32(_PARITY), out=keys[2])
+    np.copyto(x0, keys[0])
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            np.add(x0, x1, out=x0)
+            np.right_shift(x1, np.uint32(32 - rotation), out=scratch)
+            np.left_shift(x1, np.uint32(rotation), out=x1)
+            np.bitwise_or(x1, scratch, out=x1)
+            np.bitwise_xor(x1, x0, out=x1)
+        np.add(x0, keys[(group + 1) % 3], out=x0)
+        np.add(x1, keys[(group + 2) % 3], out=x1)
+        np.add(x1, np.uint32(group + 1), out=x1)
 
 
 def _block(k0: Tensor, k1: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,22 +227,31 @@ def _normals(bits: Tensor, precision: prng.Precision) -> Tensor:
         shift = {"bfloat16": 1, "float16": 6}[precision]
         table = torch.from_numpy(prng.narrow_normals(precision)).to(bits.device)
         return table[bits.bitwise_right_shift_(shift).bitwise_and_((1 << mantissa_bits) - 1).long()]
-    mantissas = bits.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1)
-    u = mantissas.mul_(4).sub_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
-    w = torch.mul(u, u).neg_().log1p_().neg_()
-    normals = _polynomial(prng.ERFINV_CENTRAL, w - 2.5)
+    u, w, normals = _three_floats(bits)
+    u.copy_(bits.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1)).mul_(2.0**-22).sub_(1 - 2.0**-24)
+    torch.mul(u, u, out=w).neg_().log1p_().neg_()
     if w.device.type == "cpu":
         # One draw in 300 lies in the tail: evaluate its polynomial there alone.
         tail = torch.from_numpy(np.flatnonzero(w.numpy() >= 5.0))
-        normals.view(-1)[tail] = _polynomial(prng.ERFINV_TAIL, w.view(-1)[tail].sqrt_().sub_(3.0))
+        in_tail = _polynomial(prng.ERFINV_TAIL, w.view(-1)[tail].sqrt_().sub_(3.0))
+        _polynomial(prng.ERFINV_CENTRAL, w.sub_(2.5), out=normals).view(-1)[tail] = in_tail
     else:
         # Finding them would wait for the device.
-        normals = torch.where(w >= 5.0, _polynomial(prng.ERFINV_TAIL, w.sqrt().sub_(3.0)), normals)
+        in_tail = _polynomial(prng.ERFINV_TAIL, w.sqrt().sub_(3.0))
+        _polynomial(prng.ERFINV_CENTRAL, w - 2.5, out=normals)
+        normals = torch.where(w >= 5.0, in_tail, normals)
     return normals.mul_(u).mul_(prng.SQRT2)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    value = (x * coefficients[0]).add_(coefficients[1])
+def _three_floats(bits: Tensor) -> list[Tensor]:
+    """Three float32 tensors like `bits`; on a CPU from where this thread drew it, which it is the first of."""
+    if bits.device.type != "cpu":
+        return [torch.empty_like(bits, dtype=torch.float32) for _ in range(3)]
+    return [torch.from_numpy(words.view(np.float32)) for words in _scratch(6, tuple(bits.shape))[1:4]]
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor, out: Tensor | None = None) -> Tensor:
+    value = torch.mul(x, coefficients[0], out=out).add_(coefficients[1])
     for coefficient in coefficients[2:]:
         value.mul_(x).add_(coefficient)
     return value
