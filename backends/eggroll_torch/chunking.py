@@ -51,11 +51,13 @@ class Chunking:
             if members <= multiple:
                 return members  # too few to measure
             self._measured = self._measure(members, multiple, device, run)
-        return min(members, self._measured)
+        return _evenly(members, self._measured, multiple)
 
     def noise(self, members: int, multiple: int, numbers_in_a_draw: int) -> int:
         """Members whose noise is drawn at a time for the update, or to evaluate them one by one."""
-        decided = self._measured if self.requested == "auto" else self.requested
+        decided = self.requested
+        if decided == "auto":  # the chunks of the forward pass, whose noise may still be there
+            decided = None if self._measured is None else _evenly(members, self._measured, multiple)
         return min(decided or members, members, max(1, _NOISE // numbers_in_a_draw) * multiple)
 
     @staticmethod
@@ -71,6 +73,14 @@ class Chunking:
         if device.type == "cpu":
             available = min(available, _CPU_BYTES)
         return max(multiple, int(available / for_a_member) // multiple * multiple)
+
+
+def _evenly(members: int, most: int, multiple: int) -> int:
+    """At most `most` members at a time, of as many chunks as that takes, in chunks of one size."""
+    if members <= most:
+        return members
+    chunks = -(-members // most)
+    return min(most, -(-members // (chunks * multiple)) * multiple)
 
 
 def chunk_ranges(members: range, size: int, multiple: int) -> Iterator[range]:

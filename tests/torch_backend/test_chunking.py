@@ -155,3 +155,16 @@ def test_noise_that_is_kept_is_bounded_and_changes_nothing(kept: int, monkeypatc
 def test_chunks_refuses_a_size(size: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="`size` must be a positive int"):
         next(make_trainer().ask().chunks(size))
+
+
+@pytest.mark.parametrize(
+    ("members", "most", "size"), [(1024, 450, 342), (1024, 512, 512), (1024, 2000, 1024), (10, 4, 4), (7, 3, 3)]
+)
+def test_auto_takes_as_many_members_as_fit_in_chunks_of_one_size(
+    members: int, most: int, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chunking.Chunking, "_measure", staticmethod(lambda *_: most))
+    auto = chunking.Chunking("auto")
+    multiple = 2 if members % 2 == 0 else 1
+    assert auto.forward(members, multiple, torch.device("cpu"), lambda _: None) == size
+    assert auto.noise(members, multiple, 10) == size
