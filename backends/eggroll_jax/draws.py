@@ -10,7 +10,7 @@ from eggroll import EggrollConfig
 from eggroll.config import as_int
 from eggroll.perturbation import noise_precision
 
-from .keys import fold_in, key_words, split
+from .keys import Draws, fold_in, key_words, split
 from .layout import Leaf, Plan
 from .noise import normals
 
@@ -69,15 +69,9 @@ def draw(chosen: Plan, keys: Array, config: EggrollConfig) -> list[Any]:
     noise: list[Any] = [None] * len(chosen.leaves)
     for precision, group in places.items():
         own = jnp.concatenate([keys[..., start[place] : start[place + 1], :] for place in group], axis=-2)
-        sizes = [
-            _elements(chosen.leaves[place], config) for place in group for _ in range(chosen.leaves[place].layers)
-        ]
-        numbers = normals(own, sizes, precision)
-        end = 0
-        for place in group:
-            leaf = chosen.leaves[place]
-            begin, end = end, end + leaf.layers * _elements(leaf, config)
-            noise[place] = _shaped(leaf, numbers[..., begin:end], lead, config)
+        sizes = [Draws(chosen.leaves[place].layers, _elements(chosen.leaves[place], config)) for place in group]
+        for place, numbers in zip(group, normals(own, sizes, precision), strict=True):
+            noise[place] = _shaped(chosen.leaves[place], numbers, lead, config)
     return noise
 
 

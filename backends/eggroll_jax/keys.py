@@ -7,19 +7,30 @@ floats.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
-__all__ = ["fold_in", "key_words", "random_bits", "split"]
+__all__ = ["Draws", "fold_in", "key_words", "parted", "random_bits", "split"]
 
 Array = jax.Array
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
+# Elements of a block: two of the widest vectors that a CPU has.
+_BLOCK = 32
+
+
+class Draws(NamedTuple):
+    """Draws of one size from keys that follow each other."""
+
+    keys: int
+    """How many."""
+    size: int
+    """Elements drawn from each."""
 
 
 def key_words(key: Any) -> Array:
@@ -74,26 +85,41 @@ def split(key: Array, n: int) -> Array:
     return _derived(key[..., :1], key[..., 1:], counter)
 
 
-def random_bits(keys: Array, sizes: Sequence[int]) -> Array:
+def random_bits(keys: Array, draws: Sequence[Draws]) -> Array:
     """32 random bits for each element of several draws at once, as `eggroll.prng.bits` gives each of them.
 
     One kernel for all the parameters of a model: the rounds written out take a compiler long enough to be compiled
-    once only.
+    once only. Every draw is filled up to whole blocks, and the elements of a block share a key: a kernel that looked
+    the key up for each element could not be vectorised.
 
     Args:
-        keys: uint32, shape ``(..., len(sizes), 2)``.
-        sizes: elements of the draw of each key.
+        keys: uint32, shape ``(..., keys, 2)``.
+        draws: what is drawn from the keys in turn; whose numbers of keys add up to theirs.
 
     Returns:
-        uint32, shape ``(..., sum(sizes))``, the draws one after the other.
+        uint32, shape ``(..., blocks, elements of a block)``, which `parted` takes apart.
     """
-    if sum(sizes) >= 2**31:
-        raise ValueError(f"one draw must have fewer than 2**31 elements, got {sum(sizes)}")
-    counter = jnp.concatenate([jnp.arange(size, dtype=np.uint32) for size in sizes])
-    of_key = jnp.concatenate([jnp.full(size, place, np.int32) for place, size in enumerate(sizes)])
-    words = keys if len(sizes) == 1 else keys.at[..., of_key, :].get(mode="promise_in_bounds")
-    y0, y1 = _rounds(words[..., 0], words[..., 1], counter)
+    elements = sum(count * size for count, size in draws)
+    if elements >= 2**31:
+        raise ValueError(f"one draw must have fewer than 2**31 elements, got {elements}")
+    blocks = np.repeat([-(-size // _BLOCK) for _, size in draws], [count for count, _ in draws])
+    of_block = np.repeat(np.arange(len(blocks)), blocks)
+    first = np.concatenate([np.arange(number) for number in blocks]) * _BLOCK
+    words = keys.at[..., of_block, :].get(mode="promise_in_bounds")[..., None]
+    counter = first.astype(np.uint32)[:, None] + jnp.arange(_BLOCK, dtype=np.uint32)
+    y0, y1 = _rounds(words[..., 0, :], words[..., 1, :], counter)
     return y0 ^ y1
+
+
+def parted(blocks: Array, draws: Sequence[Draws]) -> list[Array]:
+    """What was drawn in blocks: for each entry of `draws`, shape ``(..., number of keys, size)``."""
+    parts, end = [], 0
+    for count, size in draws:
+        length = -(-size // _BLOCK)
+        begin, end = end, end + count * length
+        whole = blocks[..., begin:end, :].reshape(*blocks.shape[:-2], count, length * _BLOCK)
+        parts.append(whole[..., :size])
+    return parts
 
 
 @jax.jit

@@ -10,38 +10,40 @@ from jax import lax
 
 from eggroll.prng import MANTISSA_BITS, SQRT2, Precision, round_to
 
-from .keys import random_bits
+from .keys import Draws, parted, random_bits
 
 __all__ = ["normal", "normals", "uniform01"]
 
 Array = jax.Array
 
 
-def normals(keys: Array, sizes: Sequence[int], precision: Precision = "float32") -> Array:
+def normals(keys: Array, draws: Sequence[Draws], precision: Precision = "float32") -> list[Array]:
     """Standard normal numbers of several draws at once.
 
     Args:
-        keys: uint32, shape ``(..., len(sizes), 2)``.
-        sizes: elements of the draw of each key.
+        keys: uint32, shape ``(..., keys, 2)``.
+        draws: what is drawn from the keys in turn.
         precision: the dtype to draw in, see `eggroll.prng.normal`.
 
     Returns:
-        float32, shape ``(..., sum(sizes))``, the draws one after the other.
+        For each entry of `draws` float32, shape ``(..., number of keys, size)``.
     """
     # XLA repeats cheap producers in each consumer, and takes twenty rounds of integer arithmetic for cheap; on CPU it
     # drops `optimization_barrier` before that. It never repeats a division, so divide by a 1 that it cannot foresee.
-    numbers = _normal(random_bits(keys, sizes), precision)
-    return numbers / (np.float32(1) + np.float32(0) * numbers)
+    numbers = _normal(random_bits(keys, draws), precision)
+    return parted(numbers / (np.float32(1) + np.float32(0) * numbers), draws)
 
 
 def normal(keys: Array, shape: Sequence[int], precision: Precision = "float32") -> Array:
     """Standard normal numbers for each key: `keys` of shape ``(..., 2)`` give ``(..., *shape)``, float32."""
-    return normals(keys[..., None, :], [math.prod(shape)], precision).reshape(*keys.shape[:-1], *shape)
+    (drawn,) = normals(keys[..., None, :], [Draws(1, math.prod(shape))], precision)
+    return drawn.reshape(*keys.shape[:-1], *shape)
 
 
 def uniform01(keys: Array, shape: Sequence[int]) -> Array:
     """Uniform float32 numbers on [0, 1) for each key, shape ``(..., *shape)``."""
-    bits = random_bits(keys[..., None, :], [math.prod(shape)])
+    draws = [Draws(1, math.prod(shape))]
+    (bits,) = parted(random_bits(keys[..., None, :], draws), draws)
     return _unit(bits >> np.uint32(9)).reshape(*keys.shape[:-1], *shape)
 
 

@@ -62,8 +62,12 @@ class JaxBackend(Backend):
         return {leaf.path: keys[leaf.index] for leaf in chosen.leaves}
 
     def bits(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
-        return self._run(lambda key: eggroll_jax.keys.random_bits(key[None], [size]), key).reshape(shape)
+        draws = [eggroll_jax.keys.Draws(1, int(np.prod(shape)))]
+
+        def bits(key: Any) -> Any:
+            return eggroll_jax.keys.parted(eggroll_jax.keys.random_bits(key[None], draws), draws)[0]
+
+        return self._run(bits, key).reshape(shape)
 
     def uniform(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return self._run(lambda key: prng.uniform(key, shape), key)
