@@ -1,5 +1,6 @@
 """EGGROLL for PyTorch. Import it as `eggroll.torch`."""
 
+from . import kernels as kernels
 from . import rules as rules
 from .es_trainer import ESTrainer as ESTrainer
 from .es_trainer import VanillaESTrainer as VanillaESTrainer
@@ -17,4 +18,5 @@ __all__ = [
     "Population",
     "UnsupportedOperationError",
     "VanillaESTrainer",
+    "kernels",
 ]

@@ -215,7 +215,9 @@ class Trainer(torch.optim.Optimizer):
         from tqdm.auto import tqdm
 
         num_generations = as_int("num_generations", num_generations, 0)
-        with tqdm(total=num_generations, disable=not verbose, unit="gen", desc="EGGROLL") as bar:
+        with tqdm(
+            total=num_generations, disable=not verbose, unit="gen", desc=type(self).__name__.removesuffix("Trainer")
+        ) as bar:
             for _ in range(num_generations):
                 metrics = self.step()
                 bar.set_postfix(mean=f"{metrics['mean_fitness']:.4g}", best=f"{metrics['best_fitness']:.4g}")

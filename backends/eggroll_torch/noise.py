@@ -6,39 +6,64 @@ the forward pass and the update; a larger one draws it twice and needs no more m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from eggroll import EggrollConfig, perturbation, prng
 
-from . import threefry
+from . import kernels, threefry
 from .parameters import ParameterNoise
 
-__all__ = ["KEPT", "ChunkNoise", "NoiseSource", "PopulationFactors"]
+__all__ = ["KEPT", "ChunkNoise", "DrawnFactors", "NoiseSource", "StoredFactors"]
 
 
 @dataclass(frozen=True)
-class PopulationFactors:
-    """The low-rank noise of one parameter for a chunk of members.
-
-    Member ``i`` of the chunk uses draw ``i // (members / draws)``, and its weight is
-
-        W_i = W + signs[i] * scale * A[draw] @ B[draw].T        scale = sigma / sqrt(rank)
+class StoredFactors:
+    """The low-rank noise of one parameter for a chunk of members, in memory.
 
     Attributes:
         A: shape ``(draws, *stack, out_features, rank)``.
         B: shape ``(draws, *stack, in_features, rank)``.
-        signs: float32, shape ``(members,)``: +1, -1, or 0 for a member that is not perturbed.
-        scale: ``sigma / sqrt(rank)``.
     """
 
     A: Tensor
     B: Tensor
-    signs: Tensor
-    scale: float
+
+
+@dataclass(frozen=True)
+class DrawnFactors:
+    """The low-rank noise of a matrix for a chunk of members, which kernels draw where they need it.
+
+    Attributes:
+        keys: int32, shape ``(draws, 2)``.
+        rank: columns of each factor.
+        precision: the dtype in which it is drawn.
+        draw: puts it into memory, for operations without such a kernel.
+    """
+
+    keys: Tensor
+    rank: int
+    precision: prng.Precision
+    draw: Callable[[], StoredFactors]
+
+    @property
+    def A(self) -> Tensor:
+        """See `StoredFactors`."""
+        return self._stored.A
+
+    @property
+    def B(self) -> Tensor:
+        """See `StoredFactors`."""
+        return self._stored.B
+
+    @cached_property
+    def _stored(self) -> StoredFactors:
+        return self.draw()
 
 
 @dataclass(frozen=True)
@@ -48,11 +73,14 @@ class ChunkNoise:
     Attributes:
         members: which members.
         signs: float32, shape ``(members,)``.
+        keys: int32, shape ``(draws, n_keys, 2)``, those of every layer of every parameter.
         noise: by parameter name: `LowRank` factors or a dense tensor, float32, with one leading entry for each draw.
+            Of parameters whose noise kernels draw in registers there is none.
     """
 
     members: range
     signs: Tensor
+    keys: Tensor
     noise: dict[str, perturbation.LowRank | Tensor]
 
 
@@ -82,7 +110,16 @@ class NoiseSource:
         self.generation = generation
         self.device = parameters[0].parameter.device
         self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(self.device)
-        self._layout = _RowLayout(self.parameters, self.device)
+        self._kernels = kernels.status(self.device).available
+        self._first_key = dict(
+            zip(
+                (parameter.name for parameter in self.parameters),
+                accumulate((parameter.layers for parameter in self.parameters), initial=0),
+                strict=False,
+            )
+        )
+        self._stored = [parameter for parameter in self.parameters if not self.in_registers(parameter)]
+        self._layout = _RowLayout(self._stored, self._first_key, self.device)
         self._last: ChunkNoise | None = None
         self._kept: dict[range, ChunkNoise] = {}
 
@@ -93,8 +130,13 @@ class NoiseSource:
 
     @property
     def numbers_in_a_draw(self) -> int:
-        """How long a row of noise is."""
-        return sum(parameter.draw_size for parameter in self.parameters)
+        """How long a row of noise is, or of keys where no noise is stored."""
+        return sum(parameter.draw_size for parameter in self._stored) or 2 * len(self._generation_keys)
+
+    def in_registers(self, parameter: ParameterNoise) -> bool:
+        """Whether kernels draw this parameter's noise where they need it: it is never in memory."""
+        is_layer = not parameter.stack and parameter.kernel is None
+        return self._kernels and is_layer and parameter.parameter.dtype in kernels.DTYPES
 
     def holds(self, members: range) -> bool:
         """Whether the noise of these members is there already."""
@@ -110,8 +152,8 @@ class NoiseSource:
         self._last = None  # drop the old chunk before the new one is drawn
         index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self.device)
         draws, signs = perturbation.draws_and_signs(index, self.config)
-        rows = threefry.fold_in(self._generation_keys, draws[:: self.members_per_draw, None])
-        drawn = ChunkNoise(members, signs, self._layout.draw(rows))
+        keys = threefry.fold_in(self._generation_keys, draws[:: self.members_per_draw, None])
+        drawn = ChunkNoise(members, signs, keys, self._layout.draw(keys))
         if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
@@ -136,20 +178,46 @@ class NoiseSource:
         """What ``A @ B.T`` is multiplied with, apart from the sign."""
         return parameter.sigma / math.sqrt(parameter.rank)
 
-    def factors(self, parameter: ParameterNoise, chunk: ChunkNoise) -> PopulationFactors:
+    def keys(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
+        """The keys of a parameter that is one layer, int32 of shape ``(draws, 2)``."""
+        return chunk.keys[:, self._first_key[parameter.name]]
+
+    def noise(self, parameter: ParameterNoise, chunk: ChunkNoise) -> perturbation.LowRank | Tensor:
+        """The noise of a parameter for a chunk, as `ChunkNoise.noise` has it, drawn if it is not there."""
+        stored = chunk.noise.get(parameter.name)
+        return _drawn_alone(parameter, self.keys(parameter, chunk)) if stored is None else stored
+
+    def noise_of_draw(self, parameter: ParameterNoise, chunk: ChunkNoise, draw: int) -> perturbation.LowRank | Tensor:
+        """The noise of a parameter for one draw of a chunk, without the leading axis."""
+        noise = chunk.noise.get(parameter.name)
+        if noise is None:
+            noise, draw = _drawn_alone(parameter, self.keys(parameter, chunk)[draw : draw + 1]), 0
+        return noise[draw] if isinstance(noise, Tensor) else perturbation.LowRank(noise.A[draw], noise.B[draw])
+
+    def factors(self, parameter: ParameterNoise, chunk: ChunkNoise) -> StoredFactors | DrawnFactors:
         """The low-rank noise of a parameter in its own dtype."""
-        noise = chunk.noise[parameter.name]
-        assert isinstance(noise, perturbation.LowRank)
         dtype = parameter.parameter.dtype
-        return PopulationFactors(noise.A.to(dtype), noise.B.to(dtype), chunk.signs, self.low_rank_scale(parameter))
+
+        def stored() -> StoredFactors:
+            noise = self.noise(parameter, chunk)
+            assert isinstance(noise, perturbation.LowRank)
+            return StoredFactors(noise.A.to(dtype), noise.B.to(dtype))
+
+        if self.in_registers(parameter):
+            return DrawnFactors(self.keys(parameter, chunk), parameter.rank, parameter.precision, stored)
+        return stored()
 
     def dense(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
-        noise = chunk.noise[parameter.name]
+        weight, scale = parameter.parameter.detach(), self.dense_scale(parameter)
+        if self.in_registers(parameter):
+            from .kernels.dense import dense_of_members
+
+            return dense_of_members(weight, self.keys(parameter, chunk), chunk.signs, scale, parameter.precision)
+        noise = self.noise(parameter, chunk)
         assert isinstance(noise, Tensor)
-        weight = parameter.parameter.detach()
         per_draw = noise.shape[0]
-        signs = (chunk.signs * self.dense_scale(parameter)).view(per_draw, -1, *(1,) * weight.ndim)
+        signs = (chunk.signs * scale).view(per_draw, -1, *(1,) * weight.ndim)
         perturbed = weight + (signs * noise.unsqueeze(1)).to(weight.dtype)
         return perturbed.flatten(0, 1)
 
@@ -157,30 +225,31 @@ class NoiseSource:
         self, parameter: ParameterNoise, chunk: ChunkNoise, index: int, dtype: torch.dtype | None = None
     ) -> Tensor:
         """A parameter as one member of the chunk sees it, a tensor of its own, in `dtype` or the parameter's."""
-        noise = chunk.noise[parameter.name]
+        noise = self.noise_of_draw(parameter, chunk, index // self.members_per_draw)
         weight = parameter.parameter.detach()
         sign = float(chunk.signs[index])
-        draw = index // self.members_per_draw
         # Sum in float32 at least and round once: a narrow dtype would lose most of a small sigma.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if isinstance(noise, Tensor):
-            delta, scale = noise[draw], self.dense_scale(parameter)
+            delta, scale = noise, self.dense_scale(parameter)
         else:
-            delta, scale = noise.A[draw] @ noise.B[draw].mT, self.low_rank_scale(parameter)
+            delta, scale = noise.A @ noise.B.mT, self.low_rank_scale(parameter)
         return wide.add(delta.view(weight.shape), alpha=sign * scale).to(dtype or weight.dtype)
 
 
 class _RowLayout:
-    """Where in a row of noise each parameter's draw lies; every precision has rows of its own."""
+    """Where in a row of noise each parameter's draw lies; every precision has rows of its own.
 
-    def __init__(self, parameters: Sequence[ParameterNoise], device: torch.device):
+    Args:
+        parameters: whose noise is in the rows.
+        first_key: by the name of a parameter which key is its first layer's.
+        device: where the rows are drawn.
+    """
+
+    def __init__(self, parameters: Sequence[ParameterNoise], first_key: dict[str, int], device: torch.device):
         by_precision: dict[prng.Precision, list[ParameterNoise]] = {}
-        first_key: dict[str, int] = {}
-        keys = 0
         for parameter in parameters:
             by_precision.setdefault(parameter.precision, []).append(parameter)
-            first_key[parameter.name] = keys
-            keys += parameter.layers
         self._blocks = []
         for precision, members in by_precision.items():
             layers = [
@@ -197,15 +266,23 @@ class _RowLayout:
             drawn = rows.normals(keys.index_select(1, which), precision)
             sizes = [parameter.draw_size for parameter in parameters]
             for parameter, flat in zip(parameters, torch.split(drawn, sizes, dim=1), strict=True):
-                shaped = flat.reshape(len(flat), *parameter.stack, *parameter.draw_shape)
-                if parameter.kind == "dense":
-                    noise[parameter.name] = shaped
-                else:
-                    in_features = parameter.layer[1]
-                    noise[parameter.name] = perturbation.LowRank(
-                        A=shaped[..., in_features:, :], B=shaped[..., :in_features, :]
-                    )
+                noise[parameter.name] = _shaped(parameter, flat)
         return noise
+
+
+def _drawn_alone(parameter: ParameterNoise, keys: Tensor) -> perturbation.LowRank | Tensor:
+    """The noise of a parameter that is one layer, from its keys, int32 of shape ``(draws, 2)``."""
+    rows = threefry.Rows([parameter.draw_size], keys.device)
+    return _shaped(parameter, rows.normals(keys.unsqueeze(1), parameter.precision))
+
+
+def _shaped(parameter: ParameterNoise, flat: Tensor) -> perturbation.LowRank | Tensor:
+    """A parameter's part of some rows, shape ``(draws, draw_size)``, as dense noise or as factors."""
+    shaped = flat.reshape(len(flat), *parameter.stack, *parameter.draw_shape)
+    if parameter.kind == "dense":
+        return shaped
+    in_features = parameter.layer[1]
+    return perturbation.LowRank(A=shaped[..., in_features:, :], B=shaped[..., :in_features, :])
 
 
 def _generation_keys(

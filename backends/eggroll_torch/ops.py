@@ -7,10 +7,12 @@ where the inputs are shared), the rank-`r` term once for each draw, added in pla
 Each is a `torch.library` operation, so a compiler sees through it and a kernel can take its place.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import threefry
+from . import kernels, threefry
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
@@ -21,7 +23,15 @@ _BLOCK_BYTES = 1 << 22
 
 @torch.library.custom_op("eggroll::perturbed_linear", mutates_args=())
 def perturbed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[Tensor],
+    rank: int,
+    precision: str,
+    member: Tensor,
+    signs: Tensor,
+    scale: float,
 ) -> Tensor:
     """``x @ W_i.T + bias`` with ``W_i = W + signs[i] * scale * A[d] @ B[d].T`` for one member ``i``.
 
@@ -29,8 +39,10 @@ def perturbed_linear(
         x: shape ``(..., in)``.
         weight: shape ``(out, in)``.
         bias: shape ``(out,)``, or None.
-        A: shape ``(draws, out, rank)``.
-        B: shape ``(draws, in, rank)``.
+        factors: `A`, shape ``(draws, out, rank)``, and `B`, ``(draws, in, rank)``; or, for kernels that draw them,
+            their keys, int32 of shape ``(draws, 2)``.
+        rank: columns of each factor.
+        precision: the dtype to draw in, see `eggroll.prng.normal`.
         member: int64, shape ``()``, the member's place in the chunk. Under `vmap` over members it is
             ``0 .. members - 1``; draw ``d`` is ``member // (members / draws)``.
         signs: float32, shape ``(members,)``.
@@ -40,32 +52,33 @@ def perturbed_linear(
         Shape ``(..., out)``.
     """
     rows = x.reshape(1, -1, x.shape[-1])
-    A, B, sign = _one_member(A, B, member, signs)
-    out = _linear_of_members(rows, weight, bias, A, B, sign, scale)
+    *factors, sign = _one_member(*factors, member=member, signs=signs)
+    out = _linear_of_members(rows, weight, bias, factors, rank, precision, sign, scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_fake
-def _(x, weight, bias, A, B, member, signs, scale):
+def _(x, weight, bias, factors, rank, precision, member, signs, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_vmap
-def _(info, in_dims, x, weight, bias, A, B, member, signs, scale):
-    x_dim, _, bias_dim, _, _, member_dim, _, _ = in_dims
+def _(info, in_dims, x, weight, bias, factors, rank, precision, member, signs, scale):
+    x_dim, _, bias_dim, _, _, _, member_dim, _, _ = in_dims
     x = _batch_first(x, x_dim)
     bias = _batch_first(bias, bias_dim)
     if member_dim is None:
         # A vmap inside the model: the same member, more rows.
         if x_dim is None:
             x = x.expand(info.batch_size, *x.shape)
-        out = perturbed_linear(x, weight, None if bias_dim is not None else bias, A, B, member, signs, scale)
+        shared = None if bias_dim is not None else bias
+        out = perturbed_linear(x, weight, shared, factors, rank, precision, member, signs, scale)
         if bias_dim is not None:
             out = out + bias.view(bias.shape[0], *(1,) * (out.ndim - 2), -1)
         return out, 0
     lead = x.shape[:-1] if x_dim is None else x.shape[1:-1]
     rows = x.reshape(-1, x.shape[-1]) if x_dim is None else x.reshape(x.shape[0], -1, x.shape[-1])
-    out = _linear_of_members(rows, weight, bias, A, B, signs, scale)
+    out = _linear_of_members(rows, weight, bias, factors, rank, precision, signs, scale)
     return out.view(out.shape[0], *lead, weight.shape[0]), 0
 
 
@@ -84,7 +97,7 @@ def perturbed_stacked_linear(
     Returns:
         Shape ``(stack, rows, out)``.
     """
-    A, B, sign = _one_member(A, B, member, signs)
+    A, B, sign = _one_member(A, B, member=member, signs=signs)
     return _stacked_linear_of_members(x.unsqueeze(0), weight, A, B, sign, scale).squeeze(0)
 
 
@@ -118,7 +131,7 @@ def perturbed_embedding(
     Returns:
         Shape ``(..., embedding_dim)``.
     """
-    A, B, sign = _one_member(A, B, member, signs)
+    A, B, sign = _one_member(A, B, member=member, signs=signs)
     out = _embedding_of_members(index.reshape(1, -1), weight, A, B, sign, scale)
     return out.view(*index.shape, weight.shape[1])
 
@@ -203,7 +216,14 @@ def _(info, in_dims, key, member, shape):
 
 
 def _linear_of_members(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, signs: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[Tensor],
+    rank: int,
+    precision: str,
+    signs: Tensor,
+    scale: float,
 ) -> Tensor:
     """`perturbed_linear` for all members of a chunk.
 
@@ -214,6 +234,13 @@ def _linear_of_members(
     Returns:
         Shape ``(members, rows, out)``.
     """
+    if kernels.usable(x):
+        from .kernels.linear import linear_of_members, linear_of_members_drawn
+
+        if len(factors) == 1:
+            return linear_of_members_drawn(x, weight, bias, factors[0], rank, signs, scale, precision=precision)
+        return linear_of_members(x, weight, bias, *factors, signs, scale)
+    A, B = factors
     members, (draws, out_features) = signs.shape[0], A.shape[:2]
     copies = members // draws
     shared = x.ndim == 2
@@ -313,8 +340,8 @@ def _projection(x: Tensor, B: Tensor) -> Tensor:
     """``x @ B`` for each draw, shape ``(draws, rows, rank)``.
 
     Written as its transpose, which CPU libraries run two and a half times as fast: their kernels expect a wide
-    result, not a tall one. One row is too few for them, too: vectors are taken in twos, and of the four products those
-    of a draw with its own rows are kept.
+    result, not a tall one. One row is too few for them, too: vectors are taken in twos, and of the four products
+    those of a draw with its own rows are kept.
     """
     draws, rows, in_features = x.shape
     if x.device.type != "cpu" or B.shape[-1] > 1 or draws % 2:
@@ -330,9 +357,10 @@ def _shared_projection(x: Tensor, B: Tensor) -> Tensor:
     return flat.view(-1, draws, rank).permute(1, 0, 2)
 
 
-def _one_member(A: Tensor, B: Tensor, member: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    draw = member // (signs.shape[0] // A.shape[0])
-    return A[draw].unsqueeze(0), B[draw].unsqueeze(0), signs[member].view(1)
+def _one_member(*factors: Tensor, member: Tensor, signs: Tensor) -> list[Tensor]:
+    """The draw of one member from factors, or keys, of all, with an axis of length 1 over draws; and its sign."""
+    draw = member // (signs.shape[0] // factors[0].shape[0])
+    return [*(factor[draw].unsqueeze(0) for factor in factors), signs[member].view(1)]
 
 
 def _draws_in_block(x: Tensor, elements_of_a_draw: int) -> int:

@@ -12,13 +12,15 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from .noise import DrawnFactors, StoredFactors
 
 __all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError"]
 
@@ -122,8 +124,8 @@ class Noise:
     the member's draw, ``member // (members / draws)``.
 
     Attributes:
-        A: shape ``(draws, *stack, rows, rank)``.
-        B: shape ``(draws, *stack, columns, rank)``.
+        factors: `A`, shape ``(draws, *stack, rows, rank)``, and `B`, ``(draws, *stack, columns, rank)``, or the keys
+            that they are drawn from.
         member: int64, shape ``()``: the member's place in the chunk, one for each member under `vmap`.
         signs: float32, shape ``(members,)``.
         scale: ``sigma / sqrt(rank)``.
@@ -133,14 +135,27 @@ class Noise:
             ``(kernel[0], prod(kernel[1:]))``.
     """
 
-    A: Tensor
-    B: Tensor
+    factors: StoredFactors | DrawnFactors
     member: Tensor
     signs: Tensor
     scale: float
     name: str
     policy: Policy
     kernel: tuple[int, ...] | None = None
+
+    @property
+    def A(self) -> Tensor:
+        """Shape ``(draws, *stack, rows, rank)``."""
+        return self.factors.A
+
+    @property
+    def B(self) -> Tensor:
+        """Shape ``(draws, *stack, columns, rank)``."""
+        return self.factors.B
+
+    def having(self, A: Tensor, B: Tensor) -> "Noise":
+        """The same with other factors, those of a view of the weight."""
+        return replace(self, factors=StoredFactors(A, B))
 
     def of_member(self) -> tuple[Tensor, Tensor]:
         """The member's ``signs * scale * A``, ``(*stack, rows, rank)``, and ``B``, ``(*stack, columns, rank)``."""
@@ -149,10 +164,10 @@ class Noise:
         coefficient = (self.signs[self.member] * self.scale).to(self.A.dtype)
         return self.A[draw] * coefficient, self.B[draw]
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """What the operations of `eggroll_torch.ops` take after the weight."""
+    def operands(self) -> tuple[Tensor, Tensor, float]:
+        """What the operations of `eggroll_torch.ops` take after the weight and the factors."""
         self.policy.used.add(self.name)
-        return self.A, self.B, self.member, self.signs, self.scale
+        return self.member, self.signs, self.scale
 
 
 class PerturbedWeight(torch.Tensor):

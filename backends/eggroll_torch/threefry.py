@@ -21,6 +21,8 @@ from torch import Tensor
 
 from eggroll import prng
 
+from . import kernels
+
 __all__ = ["Rows", "draw_uniforms", "fold_in"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -62,10 +64,11 @@ class Rows:
         counters = [np.arange(length, dtype=np.uint32) for length in lengths]
         self._counter = np.concatenate(counters) if counters else np.empty(0, np.uint32)
         self.device = device
-        if device.type != "cpu":
+        self._kernels = kernels.status(device).available
+        if device.type != "cpu" or self._kernels:
             self._counter_there = torch.from_numpy(self._counter.view(np.int32)).to(device)
             key_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            self._key_of_there = key_of.to(device)
+            self._key_of_there = key_of.to(device, torch.int32)
 
     @property
     def length(self) -> int:
@@ -82,6 +85,10 @@ class Rows:
         Returns:
             float32, shape ``(rows, length)``.
         """
+        if self._kernels:
+            from .kernels.noise import draw_rows
+
+            return draw_rows(keys, self._key_of_there, self._counter_there, precision)
         return self.draw(keys, lambda bits: _normals(bits, precision))
 
     def draw(self, keys: Tensor, floats: Callable[[Tensor], Tensor]) -> Tensor:

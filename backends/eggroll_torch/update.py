@@ -43,8 +43,11 @@ def direction(
             weights[members.start : members.stop].to(chunk.signs.device), chunk.signs, source.config
         )
         for parameter in source.parameters:
-            noise = chunk.noise[parameter.name]
             total = totals[parameter.name]
+            if source.in_registers(parameter):
+                _add_drawn_sum_(total, coefficients, source.keys(parameter, chunk), parameter)
+                continue
+            noise = source.noise(parameter, chunk)
             c = coefficients.to(total.dtype)
             if isinstance(noise, perturbation.LowRank):
                 _add_low_rank_sum_(total, c, noise)
@@ -61,6 +64,19 @@ def direction(
 def _scale(source: NoiseSource, parameter: ParameterNoise) -> float:
     low_rank = parameter.kind == "low_rank"
     return float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
+
+
+def _add_drawn_sum_(total: Tensor, coefficients: Tensor, keys: Tensor, parameter: ParameterNoise) -> None:
+    """Adds the sum over draws of a parameter whose noise kernels draw, from its keys."""
+    from .kernels.dense import add_dense_sum_drawn_
+    from .kernels.update import add_low_rank_sum_drawn_
+
+    if parameter.kind == "dense":
+        add_dense_sum_drawn_(total, coefficients, keys, parameter.precision)
+    else:
+        # In the parameter's dtype: those are the numbers that the members saw.
+        dtype = parameter.parameter.dtype
+        add_low_rank_sum_drawn_(total, coefficients, keys, parameter.rank, dtype, parameter.precision)
 
 
 def _add_low_rank_sum_(total: Tensor, coefficients: Tensor, noise: perturbation.LowRank) -> None:

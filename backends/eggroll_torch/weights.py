@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eggroll.perturbation import LowRank
+
 from .noise import NoiseSource
 from .perturbed import DenseWeight, Noise, PerturbedWeight, Policy
 
@@ -48,13 +50,11 @@ class EggrollWeights:
         chunk = self.source.chunk(members)
         for parameter in self.source.parameters:
             if parameter.kind == "low_rank":
-                factors = self.source.factors(parameter, chunk)
                 noise = Noise(
-                    factors.A,
-                    factors.B,
+                    self.source.factors(parameter, chunk),
                     index - members.start,
-                    factors.signs,
-                    factors.scale,
+                    chunk.signs,
+                    self.source.low_rank_scale(parameter),
                     parameter.name,
                     self.policy,
                     parameter.kernel,
@@ -78,9 +78,9 @@ class EggrollWeights:
         index = member - chunk.members.start
         factors = {}
         for parameter in self.source.parameters:
-            noise = chunk.noise[parameter.name]
-            if not isinstance(noise, Tensor):
-                draw = index // self.members_per_draw
+            if parameter.kind == "low_rank":
+                noise = self.source.noise_of_draw(parameter, chunk, index // self.members_per_draw)
+                assert isinstance(noise, LowRank)
                 scale = float(chunk.signs[index]) * self.source.low_rank_scale(parameter)
-                factors[parameter.name] = noise.A[draw] * scale, noise.B[draw]
+                factors[parameter.name] = noise.A * scale, noise.B
         return factors

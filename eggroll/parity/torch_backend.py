@@ -92,7 +92,7 @@ class TorchBackend(Backend):
         keys = {"weight": torch.from_numpy(parameter_key)}
         source = eggroll_torch.noise.NoiseSource([described], keys, generation, config)
         chunk = source.chunk(members)
-        drawn = chunk.noise["weight"]
+        drawn = source.noise(described, chunk)
         parts = tuple(drawn) if isinstance(drawn, LowRank) else (drawn,)
         return DrawnNoise(
             _numpy(chunk.signs),

@@ -13,7 +13,8 @@ __all__ = ["rows"]
 
 def rows(weight: PerturbedWeight, index: Tensor) -> Tensor:
     """``W_i[index]``: `index` of shape ``(...)``, `weight` ``(n, dim)``, result ``(..., dim)``."""
-    return ops.perturbed_embedding(index, plain(weight), *weight.noise.operands())
+    noise = weight.noise
+    return ops.perturbed_embedding(index, plain(weight), noise.A, noise.B, *noise.operands())
 
 
 @rule(F.embedding)

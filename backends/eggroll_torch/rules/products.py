@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..noise import DrawnFactors
 from ..perturbed import PerturbedWeight, plain, rule, unwrapped
 from .views import transposed
 
@@ -15,14 +16,20 @@ __all__ = ["linear"]
 
 def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
-    x, W, bias, noise = _autocast(x, weight, bias)
-    return ops.perturbed_linear(x, W, None if bias is None else unwrapped(bias), *noise)
+    noise = weight.noise
+    if isinstance(noise.factors, DrawnFactors):
+        factors, rank, precision = [noise.factors.keys], noise.factors.rank, noise.factors.precision
+    else:
+        factors, rank, precision = [noise.A, noise.B], noise.A.shape[-1], "float32"
+    bias = None if bias is None else unwrapped(bias)
+    x, W, bias, *factors = _autocast(x, plain(weight), bias, *factors)
+    return ops.perturbed_linear(x, W, bias, factors, rank, precision, *noise.operands())
 
 
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
     """``x[e] @ W_i[e].T`` for each matrix of a stack: `x` ``(stack, rows, in)``, `weight` ``(stack, out, in)``."""
-    x, W, _, noise = _autocast(x, weight, None)
-    return ops.perturbed_stacked_linear(x, W, *noise)
+    noise = weight.noise
+    return ops.perturbed_stacked_linear(*_autocast(x, plain(weight), noise.A, noise.B), *noise.operands())
 
 
 @rule(F.linear)
@@ -142,12 +149,12 @@ def _stacks_match(weight: PerturbedWeight, other: Tensor) -> bool:
     return weight.noise.kernel is None and weight.ndim == other.ndim == 3 and weight.shape[0] == other.shape[0]
 
 
-def _autocast(x: Tensor, weight: PerturbedWeight, bias: Tensor | None) -> Any:
-    """The operands of a product in the dtype that autocast, where it is on, gives them."""
-    W, (A, B, *rest) = plain(weight), weight.noise.operands()
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, W, A, B = x.to(dtype), W.to(dtype), A.to(dtype), B.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return x, W, bias, (A, B, *rest)
+def _autocast(x: Tensor, *others: Any) -> Any:
+    """The operands of a product in the dtype that autocast, where it is on, gives them; keys as they are."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        operand.to(dtype) if operand is not None and operand.is_floating_point() else operand
+        for operand in (x, *others)
+    )

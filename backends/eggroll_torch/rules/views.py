@@ -18,7 +18,7 @@ __all__ = ["part", "transposed"]
 def transposed(weight: PerturbedWeight) -> PerturbedWeight:
     """Each matrix transposed: rows and columns, hence ``A`` and ``B``, change places."""
     noise = weight.noise
-    return PerturbedWeight.make(plain(weight).mT, replace(noise, A=noise.B, B=noise.A))
+    return PerturbedWeight.make(plain(weight).mT, noise.having(noise.B, noise.A))
 
 
 def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
@@ -34,13 +34,13 @@ def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
         A = A[index]
     else:
         B = B[(slice(None),) * axis + (where,)]
-    return PerturbedWeight.make(plain(weight)[index[1:]], replace(noise, A=A, B=B))
+    return PerturbedWeight.make(plain(weight)[index[1:]], noise.having(A, B))
 
 
 def _layer(weight: PerturbedWeight, index: int) -> PerturbedWeight:
     """One layer of a stack."""
     noise = weight.noise
-    return PerturbedWeight.make(plain(weight)[index], replace(noise, A=noise.A[:, index], B=noise.B[:, index]))
+    return PerturbedWeight.make(plain(weight)[index], noise.having(noise.A[:, index], noise.B[:, index]))
 
 
 def _row(weight: PerturbedWeight, index: int) -> Tensor:
@@ -249,7 +249,7 @@ def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
     *stack, rows, columns = target
     A = noise.A.reshape(noise.A.shape[0], *stack, rows, -1)
     B = noise.B.reshape(noise.B.shape[0], *(1,) * len(stack), columns, -1).expand(-1, *stack, -1, -1)
-    return PerturbedWeight.make(base.reshape(target), replace(noise, A=A, B=B))
+    return PerturbedWeight.make(base.reshape(target), noise.having(A, B))
 
 
 def _axis(weight: PerturbedWeight, dim: int) -> int:
@@ -272,7 +272,7 @@ def _cast(weight: PerturbedWeight, cast: Callable[[Tensor], Tensor]) -> Any:
     noise, base = weight.noise, cast(plain(weight))
     if not base.is_floating_point():
         return NotImplemented
-    return PerturbedWeight.make(base, replace(noise, A=noise.A.to(base.dtype), B=noise.B.to(base.dtype)))
+    return PerturbedWeight.make(base, noise.having(noise.A.to(base.dtype), noise.B.to(base.dtype)))
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,129 @@
+"""Dense noise, of vectors and of whatever is not a matrix: added to a parameter, or summed over the draws."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import DTYPES, launch, narrow_table, power_of_two, splits
+from .portable import narrow
+from .threefry import key_at, normal
+
+__all__ = ["add_dense_sum_drawn_", "dense_of_members"]
+
+# Numbers of a program.
+_BLOCK = 1024
+
+
+@triton.jit
+def _members_kernel(
+    weight, keys, signs, table, out, draws, size, copies, scale,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(size, BLOCK_C)
+    draw = (tl.program_id(0) // blocks * BLOCK_D + tl.arange(0, BLOCK_D))[:, None]
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = (draw < draws) & (column < size)
+    k0, k1 = key_at(keys, draw, draw < draws)
+    drawn = normal(k0, k1, column, table, PRECISION)
+    parameter = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
+    for copy in range(copies):
+        member = draw * copies + copy
+        sign = tl.load(signs + member, mask=draw < draws, other=0.0)
+        noise = narrow(sign * scale * drawn, DTYPE).to(tl.float32)
+        tl.store(out + member.to(tl.int64) * size + column, narrow(parameter + noise, DTYPE), mask=inside)
+
+
+@torch.library.custom_op("eggroll::dense_of_members", mutates_args=())
+def dense_of_members(weight: Tensor, keys: Tensor, signs: Tensor, scale: float, precision: str = "float32") -> Tensor:
+    """A parameter with dense noise as each member sees it: ``weight + signs[i] * scale * noise[i // copies]``.
+
+    Args:
+        weight: float32, bfloat16 or float16, any shape.
+        keys: int32, shape ``(draws, 2)``.
+        signs: float32, shape ``(members,)``; each draw is that of ``copies = members / draws`` members.
+        scale: sigma.
+        precision: the dtype to draw in, see `eggroll.prng.normal`.
+
+    Returns:
+        The dtype of `weight`, shape ``(members, *weight.shape)``; the noise is rounded to it before it is added.
+    """
+    out = weight.new_empty(len(signs), *weight.shape)
+    if out.numel():
+        draws, size = len(keys), weight.numel()
+        columns = power_of_two(size, 1, _BLOCK)
+        at_once = _BLOCK // columns
+        launch(
+            _members_kernel,
+            (triton.cdiv(size, columns) * triton.cdiv(draws, at_once),),
+            *(weight.contiguous(), keys.contiguous(), signs.contiguous(), narrow_table(precision, keys), out),
+            *(draws, size, len(signs) // draws, scale),
+            device=weight.device,
+            PRECISION=precision,
+            DTYPE=DTYPES[weight.dtype],
+            BLOCK_D=at_once,
+            BLOCK_C=columns,
+        )
+    return out
+
+
+@dense_of_members.register_fake
+def _(weight, keys, signs, scale, precision="float32"):
+    return weight.new_empty(signs.shape[0], *weight.shape)
+
+
+@triton.jit
+def _dense_sum_kernel(
+    keys, coefficients, table, out, draws, size, length,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``sum_d c_d * noise_d`` of some elements over one part, of `length`, of the draws."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    start = tl.program_id(1) * length
+    stop = tl.minimum(start + length, draws)
+    sums = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+    for first in range(start, stop, BLOCK_D):
+        draw = first + tl.arange(0, BLOCK_D)[:, None]
+        k0, k1 = key_at(keys, draw, draw < stop)
+        c = tl.load(coefficients + draw, mask=draw < stop, other=0.0)
+        sums += c * normal(k0, k1, column, table, PRECISION)
+    place = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pointer = out + tl.program_id(1).to(tl.int64) * size + place
+    tl.store(pointer, tl.sum(sums, axis=0), mask=place < size)
+
+
+@torch.library.custom_op("eggroll::add_dense_sum_drawn_", mutates_args={"total"})
+def add_dense_sum_drawn_(total: Tensor, coefficients: Tensor, keys: Tensor, precision: str = "float32") -> None:
+    """``total += sum_d c_d * noise_d``, in float32 and in a fixed order.
+
+    Args:
+        total: float32, any shape.
+        coefficients: float32, shape ``(draws,)``.
+        keys: int32, shape ``(draws, 2)``.
+        precision: the dtype to draw in, see `eggroll.prng.normal`.
+    """
+    draws, size = len(keys), total.numel()
+    if draws == 0 or size == 0:
+        return
+    columns = power_of_two(size, 1, 256)
+    at_once = _BLOCK // columns
+    blocks = triton.cdiv(size, columns)
+    parts = splits(blocks, draws * columns, total.device)
+    length = triton.cdiv(triton.cdiv(draws, parts), at_once) * at_once
+    partial = total.new_empty(parts, size)
+    launch(
+        _dense_sum_kernel,
+        (blocks, parts),
+        *(keys.contiguous(), coefficients.float().contiguous(), narrow_table(precision, keys), partial),
+        *(draws, size, length),
+        device=total.device,
+        PRECISION=precision,
+        BLOCK_D=at_once,
+        BLOCK_C=columns,
+    )
+    total.add_(partial.sum(0).view(total.shape))
+
+
+@add_dense_sum_drawn_.register_fake
+def _(total, coefficients, keys, precision="float32"):
+    return None

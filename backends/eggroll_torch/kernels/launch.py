@@ -1,0 +1,98 @@
+"""What every launch of a kernel shares: the device, the compiler's options, block sizes, numbers of narrow dtypes."""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eggroll import prng
+
+from .portable import INTERPRETED
+
+__all__ = ["DTYPES", "Source", "dot_precision", "drawn", "launch", "narrow_table", "power_of_two", "splits", "stored"]
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Programs for each multiprocessor that a launch is split into where it has too few, and the shortest part of a sum
+# that is worth a program of its own.
+_PROGRAMS_OF_PROCESSOR = 4
+_SHORTEST = 512
+
+
+class Source(NamedTuple):
+    """Where a kernel gets one factor of the noise from, of shape ``(draws, features, rank)``.
+
+    Attributes:
+        values: the factor itself, or the keys that it is drawn from, int32 ``(draws, 2)``.
+        strides: of the factor; not used if it is drawn.
+        first: the row of a draw, ``(in + out, rank)``, at which the factor starts.
+        drawn: which of both.
+        precision: the dtype to draw in.
+    """
+
+    values: Tensor
+    strides: tuple[int, ...]
+    first: int
+    drawn: bool
+    precision: str
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What a kernel takes as ``values, stride_draw, stride_feature, stride_column, first``."""
+        return (self.values, *self.strides, self.first)
+
+
+def stored(factor: Tensor) -> Source:
+    """A factor that is read, of any float dtype and any strides."""
+    return Source(factor, factor.stride(), 0, False, "float32")
+
+
+def drawn(keys: Tensor, first: int, precision: str) -> Source:
+    """A factor that is drawn where it is needed."""
+    return Source(keys, (0, 0, 0), first, True, precision)
+
+
+def launch(kernel: Any, grid: Any, *arguments: Any, device: torch.device, **constants: Any) -> None:
+    """Runs a kernel on a device. All launches go through here.
+
+    The compiler must not fuse a multiplication with an addition on its own, see `threefry.normal`.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+
+
+def power_of_two(number: int, at_least: int, at_most: int) -> int:
+    """The power of two that holds `number`, within bounds."""
+    return min(max(triton.next_power_of_2(max(number, 1)), at_least), at_most)
+
+
+def splits(programs: int, length: int, device: torch.device) -> int:
+    """In how many parts to compute a sum of `length` terms, so that `programs` times as many fill the device."""
+    wanted = -(-_PROGRAMS_OF_PROCESSOR * _processors(device) // max(programs, 1))
+    return max(1, min(wanted, length // _SHORTEST))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 matrices are multiplied, "ieee" or "tf32", as PyTorch has been told."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def narrow_table(precision: str, like: Tensor) -> Tensor:
+    """The normals of a narrow precision, float32, on the device of `like`; for float32, which needs none, `like`."""
+    return like if precision == "float32" else _narrow_table(precision, like.device)
+
+
+@functools.cache
+def _narrow_table(precision: prng.Precision, device: torch.device) -> Tensor:
+    return torch.from_numpy(prng.narrow_normals(precision)).to(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    # The interpreter runs one program after the other; a few parts show that parts are summed.
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,35 @@
+"""Where the kernels' tests run: on a GPU, or in Triton's interpreter.
+
+The interpreter has to be chosen before Triton is imported anywhere in the process, and other tests may have imported
+it. So without a GPU the tests of this folder run in processes of their own, which `test_interpreted.py` starts, and
+are not collected otherwise. To run some of them by hand:
+
+    TRITON_INTERPRET=1 EGGROLL_KERNELS=interpret python -m pytest tests/torch_backend/kernels -k linear
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NEED_NO_KERNEL = {"test_status.py", "test_compilation.py", "test_interpreted.py"}
+NEED_KERNELS = sorted({path.name for path in Path(__file__).parent.glob("test_*.py")} - NEED_NO_KERNEL)
+
+if INTERPRETED:
+    collect_ignore = sorted(NEED_NO_KERNEL)
+elif torch.cuda.is_available():
+    collect_ignore = ["test_interpreted.py"]
+else:
+    collect_ignore = NEED_KERNELS
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

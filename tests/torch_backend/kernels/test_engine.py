@@ -1,0 +1,136 @@
+"""The population engine and the trainer with the kernels, against the same without them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eggroll.torch import EGGROLLTrainer
+from eggroll_torch import kernels
+
+ROWS, TOKENS = 3, 4
+
+
+class Everything(nn.Module):
+    """Parameters whose noise kernels draw in registers (matrices, vectors), and others: a convolution, a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 9)
+        self.out = nn.Parameter(torch.randn(9, 5) / 3)  # used the other way round
+        self.experts = nn.Parameter(torch.randn(2, 4, 5) / 2)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.norm(self.embed(index) + self.conv(self.embed(index).mT).mT)
+        x = torch.tanh(self.up(x)) @ self.out
+        x = x.flatten(-3, -2)
+        return torch.bmm(x.expand(2, *x.shape), self.experts.mT)
+
+
+def trainer_of(dtype: torch.dtype, device: torch.device, **options: Any) -> EGGROLLTrainer:
+    torch.manual_seed(0)
+    model = Everything().to(device, dtype)
+    index = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS).to(device) % 7
+    options = {"population_size": 8, "antithetic": True, "rank": 2, "sigma": 0.1, "learning_rate": 0.5} | options
+    return EGGROLLTrainer(
+        model.parameters(),
+        model=model,
+        population_fitness_fn=lambda population: population(index).float().flatten(1).square().mean(1),
+        seed=3,
+        device=device,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "status", lambda device=None: kernels.Status(False, "off for a test", None, None))
+        yield
+
+
+# With the kernels, and without them.
+WAYS = (contextlib.nullcontext, without_kernels)
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    tolerance = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    scale = float(expected.float().abs().max()) or 1.0
+    assert float((actual.float() - expected.float()).abs().max()) <= tolerance * scale
+
+
+def test_noise_of_matrices_and_vectors_is_never_in_memory(device: torch.device):
+    source = trainer_of(torch.float32, device).ask().weights.source  # type: ignore[attr-defined]
+    assert set(source.chunk(range(8)).noise) == {"conv.weight", "experts"}
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_members_are_those_without_kernels(
+    dtype: torch.dtype, antithetic: bool, chunk_size: int | None, device: torch.device
+):
+    x = torch.arange(8 * TOKENS).view(8, 1, TOKENS).to(device) % 7
+    outputs, states = [], []
+    for way in WAYS:
+        with way():
+            trainer = trainer_of(dtype, device, antithetic=antithetic, chunk_size=chunk_size)
+            population = trainer.ask()
+            outputs.append((population(x[0]), population(x, per_member=True)))
+            states.append([population.state_dict(index) for index in (0, 5)])
+    for actual, expected in zip(*outputs, strict=True):
+        close(actual, expected, dtype)
+    for with_kernels, plain in zip(*states, strict=True):
+        for name, tensor in plain.items():
+            close(with_kernels[name], tensor, dtype)
+
+
+def test_factors_of_a_member_are_those_without_kernels(device: torch.device):
+    noise = {"out": "frozen", "experts": "frozen"}
+    adapters = []
+    for way in WAYS:
+        with way():
+            adapters.append(trainer_of(torch.float32, device, noise=noise).ask().lora(3))
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[1].items():
+        close(adapters[0][name], tensor, torch.float32)
+
+
+def test_a_run_is_that_without_kernels(dtype: torch.dtype, device: torch.device):
+    runs = []
+    for way in WAYS:
+        with way():
+            trainer = trainer_of(dtype, device)
+            before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+            metrics = [trainer.step() for _ in range(1 if dtype != torch.float32 else 3)]
+            runs.append((metrics, {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}))
+    (metrics, steps), (expected_metrics, expected_steps) = runs
+    tolerance = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for ours, theirs in zip(metrics, expected_metrics, strict=True):
+        assert ours["mean_fitness"] == pytest.approx(theirs["mean_fitness"], rel=tolerance)
+    for name, step in expected_steps.items():
+        if dtype == torch.float32:
+            close(steps[name], step, dtype)
+        else:
+            # Fitness that is rounded otherwise is shaped otherwise: directions agree, not digits.
+            cosine = torch.nn.functional.cosine_similarity(
+                steps[name].float().flatten(), step.float().flatten(), dim=0
+            )
+            assert cosine > 0.98, name
+
+
+def test_autocast(device: torch.device):
+    x = torch.arange(TOKENS).view(1, TOKENS).to(device) % 7
+    outputs = []
+    for way in WAYS:
+        with way():
+            population = trainer_of(torch.float32, device).ask()
+            with torch.autocast(device.type, torch.bfloat16):
+                outputs.append(population(x))
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    close(*outputs, torch.bfloat16)

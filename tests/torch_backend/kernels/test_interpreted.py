@@ -1,0 +1,33 @@
+"""Runs the tests of this folder in Triton's interpreter, each file in a process of its own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch_backend.kernels.conftest import NEED_KERNELS
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: its kernels cannot be interpreted"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEED_KERNELS)
+def test_in_the_interpreter(name: str):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
+    chosen = {"TRITON_INTERPRET": "1", "EGGROLL_KERNELS": "interpret", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / name)],
+        cwd=HERE.parents[2],
+        env=inherited | chosen,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

@@ -1,0 +1,158 @@
+"""The low-rank sum against `eggroll.update.low_rank_sum`."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch_backend.kernels.support import ON_GPU, core_factors, error, random_keys
+
+from eggroll import prng
+from eggroll.perturbation import LowRank
+from eggroll.update import low_rank_sum
+from eggroll_torch.kernels import update
+
+# Of the sum's scale: the product of a coefficient and a factor is rounded to the dtype.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+# draws, out_features, in_features, rank; tiles are 32 x 32 in the interpreter
+SIZES = [(1, 1, 1, 1), (5, 35, 40, 3), (40, 7, 20, 1), (3, 33, 65, 16), (2, 5, 3, 64), (9, 32, 32, 4)]
+if ON_GPU:
+    SIZES += [
+        (512, 1000, 784, 1),
+        (4096, 256, 256, 1),
+        (300, 129, 2049, 4),
+        (512, 2048, 2304, 1),
+        (32768, 128, 100, 1),
+    ]
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+
+
+@pytest.fixture(params=["one buffer", "a draw at a time"])
+def _buffer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a draw at a time":
+        if ON_GPU:
+            pytest.skip("thousands of launches")
+        monkeypatch.setattr(update, "_SMALL_BUFFER", 1)
+        monkeypatch.setattr(update, "_SHARE_OF_TOTAL", 0.0)
+
+
+class Sum:
+    """A sum over draws: what it starts from, and what comes out."""
+
+    def __init__(
+        self,
+        size: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        precision: prng.Precision = "float32",
+    ):
+        draws, out_features, in_features, self.rank = size
+        self.keys = random_keys(draws, device=device)
+        self.coefficients = torch.randn(draws).to(device)
+        self.start = torch.randn(out_features, in_features).to(device)
+        self.factors = core_factors(self.keys, out_features, in_features, self.rank, dtype, precision)
+        wide = LowRank(*(factor.double() for factor in self.factors))
+        self.change = low_rank_sum(self.coefficients.double(), wide)
+
+    def stored(self, dtype: torch.dtype | None = None, accumulate: bool = True) -> Tensor:
+        total = self.start.clone()
+        update.add_low_rank_sum_(total, self.coefficients, *self.factors, dtype, accumulate)
+        return total
+
+    def drawn(self, dtype: torch.dtype, precision: str = "float32", accumulate: bool = True) -> Tensor:
+        total = self.start.clone()
+        update.add_low_rank_sum_drawn_(total, self.coefficients, self.keys, self.rank, dtype, precision, accumulate)
+        return total
+
+
+@sizes
+def test_factors_in_memory(size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    case = Sum(size, dtype, device)
+    assert error(case.stored() - case.start, case.change) < TOLERANCES[dtype]
+
+
+@sizes
+@pytest.mark.usefixtures("_buffer")
+def test_drawn_factors(size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    case = Sum(size, dtype, device)
+    assert error(case.drawn(dtype) - case.start, case.change) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("size", SIZES[:2], ids=["in the loader", "in a buffer"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_factors_drawn_in_a_narrow_dtype(
+    precision: prng.Precision, size: tuple[int, int, int, int], device: torch.device
+):
+    case = Sum(size, torch.float32, device, precision)
+    assert error(case.drawn(torch.float32, precision) - case.start, case.change) < 1e-6
+
+
+@pytest.mark.parametrize("size", [(100, 5, 7, 2), (100, 40, 7, 2)], ids=["in the loader", "in a buffer"])
+def test_the_sum_over_draws_in_parts(
+    size: tuple[int, int, int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("eggroll_torch.kernels.launch._SHORTEST", 50)
+    case = Sum(size, torch.float32, device)
+    for found in (case.drawn(torch.float32), case.stored()):
+        assert error(found - case.start, case.change) < 1e-6
+    assert torch.equal(case.drawn(torch.float32), case.drawn(torch.float32))
+    assert error(case.drawn(torch.float32, accumulate=False), case.change) < 1e-6
+
+
+@pytest.mark.usefixtures("_buffer")
+def test_what_was_there_is_overwritten_on_request(device: torch.device):
+    for size in (SIZES[1], SIZES[5]):
+        case = Sum(size, torch.float32, device)
+        assert error(case.stored(accumulate=False), case.change) < 1e-6
+        assert error(case.drawn(torch.float32, accumulate=False), case.change) < 1e-6
+
+
+def test_a_narrow_total_is_rounded_once(dtype: torch.dtype, device: torch.device):
+    case = Sum(SIZES[1], torch.float32, device)
+    total = torch.full_like(case.start, torch.nan, dtype=dtype)
+    update.add_low_rank_sum_drawn_(total, case.coefficients, case.keys, case.rank, accumulate=False)
+    assert error(total, case.change) < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+
+
+def test_strided_factors(dtype: torch.dtype, device: torch.device):
+    case = Sum((4, 9, 11, 3), dtype, device)
+    rows = torch.randn(4, 7 + 20 * 3, device=device).to(dtype)
+    views = rows[:, 7:].unflatten(1, (20, 3))
+    views[:, :11], views[:, 11:] = case.factors.B, case.factors.A
+    total = case.start.clone()
+    update.add_low_rank_sum_(total, case.coefficients, views[:, 11:], views[:, :11])
+    assert torch.equal(total, case.stored())
+
+
+def test_wide_factors_for_a_narrow_product(device: torch.device):
+    case = Sum((4, 9, 11, 3), torch.float32, device)
+    assert error(case.stored(torch.bfloat16) - case.start, case.change) < TOLERANCES[torch.bfloat16]
+    assert not torch.equal(case.stored(torch.bfloat16), case.stored())
+
+
+@pytest.mark.parametrize("size", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2)], ids=str)
+def test_nothing_to_do(size: tuple[int, int, int, int], device: torch.device):
+    case = Sum(size, torch.float32, device)
+    for found in (case.stored(), case.drawn(torch.float32)):
+        assert torch.equal(found, case.start)
+    for found in (case.stored(accumulate=False), case.drawn(torch.float32, accumulate=False)):
+        assert torch.equal(found, torch.zeros_like(case.start))
+
+
+def test_what_is_wrong_shows(device: torch.device):
+    """The comparisons above could fail."""
+    case = Sum((6, 9, 9, 2), torch.float32, device)
+    right = case.change
+    case.keys = case.keys.roll(1, 0)
+    assert error(case.drawn(torch.float32) - case.start, right) > 0.1
+    case.keys = case.keys.roll(-1, 0)
+    assert error((case.drawn(torch.float32) - case.start).mT, right) > 0.1
+    case.coefficients = case.coefficients * torch.tensor([1.0, -1.0] * 3, device=device)
+    assert error(case.drawn(torch.float32) - case.start, right) > 0.1
+
+
+def test_what_the_sum_refuses(device: torch.device):
+    case = Sum((2, 4, 4, 1), torch.float32, device)
+    case.start = torch.randn(4, 8, device=device)[:, ::2]
+    with pytest.raises(ValueError, match="`total` must be a contiguous matrix"):
+        update.add_low_rank_sum_(case.start, case.coefficients, *case.factors)
+    with pytest.raises(TypeError, match=r"`dtype` must be one of .*, got torch\.float64"):
+        update.add_low_rank_sum_(torch.zeros(4, 4, device=device), case.coefficients, *case.factors, torch.float64)
