@@ -1,5 +1,6 @@
 """From the fitness of a generation to the direction that an optimizer descends, drawn again in chunks and summed."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from .draws import draw, draw_keys, generation_keys
 from .layout import Leaf, Plan
 from .population import member_mesh
 
-__all__ = ["directions"]
+__all__ = ["directions", "sum_in_chunks"]
 
 Array = jax.Array
 
@@ -54,20 +55,10 @@ def directions(
     keys = generation_keys(chosen, key, generation, config)
 
     def total(keys: Array, draws: Array, coefficients: Array) -> list[Any]:
-        if batch is None or batch >= len(draws):
+        def sums(draws: Array, coefficients: Array) -> list[Any]:
             return _sums(chosen, draw_keys(keys, draws), coefficients, config)
-        # Whole chunks: draws beyond the last one count with weight zero.
-        padding = -len(draws) % batch
-        chunks = tuple(jnp.pad(values, (0, padding)).reshape(-1, batch) for values in (draws, coefficients))
 
-        def add(sums: list[Any], chunk: tuple[Array, ...]) -> tuple[list[Any], None]:
-            draws, coefficients = chunk
-            return jax.tree.map(jnp.add, sums, _sums(chosen, draw_keys(keys, draws), coefficients, config)), None
-
-        zeros: list[Any] = [
-            None if leaf.kind == "frozen" else jnp.zeros(_sum_shape(leaf), jnp.float32) for leaf in chosen.leaves
-        ]
-        return jax.lax.scan(add, zeros, chunks)[0]
+        return sum_in_chunks(sums, (draws, coefficients), batch)
 
     if mesh is not None:
         own, divided = total, PartitionSpec(axis_name)
@@ -83,6 +74,27 @@ def directions(
     return [_finished(leaf, own, config, sigma) for leaf, own in zip(chosen.leaves, sums, strict=True)]
 
 
+def sum_in_chunks(sums: Callable[..., Any], values: Sequence[Array], batch: int | None) -> Any:
+    """``sums(*values)``, where that adds up along the first axis of `values`, with `batch` of it at a time.
+
+    Args:
+        values: shape ``(n,)`` each. The last chunk is filled up with zeros, which must add nothing: one of `values`
+            is the coefficients of the others.
+        batch: at least 1; None for all at once.
+    """
+    if batch is None or batch >= len(values[0]):
+        return sums(*values)
+    padding = -len(values[0]) % batch
+    chunks = [jnp.pad(value, (0, padding)).reshape(-1, batch) for value in values]
+
+    def add(total: Any, chunk: Sequence[Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, sums(*chunk)), None
+
+    shapes = jax.eval_shape(sums, *(chunk[0] for chunk in chunks))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add, zeros, chunks)[0]
+
+
 def _sums(chosen: Plan, keys: Array, coefficients: Array, config: EggrollConfig) -> list[Any]:
     """``sum_d c_d * noise_d`` for each parameter, None where it is frozen."""
     return [
@@ -93,10 +105,6 @@ def _sums(chosen: Plan, keys: Array, coefficients: Array, config: EggrollConfig)
         else dense_sum(coefficients, noise)
         for leaf, noise in zip(chosen.leaves, draw(chosen, keys, config), strict=True)
     ]
-
-
-def _sum_shape(leaf: Leaf) -> tuple[int, ...]:
-    return (*leaf.stack_shape, *leaf.layer_shape)
 
 
 def _finished(leaf: Leaf, total: Array | None, config: EggrollConfig, sigma: Any) -> Array:

@@ -262,15 +262,19 @@ def simple_es_tree_key(params: Any, base_key: Any, scan_map: Any) -> Any:
     Returns:
         The structure of `params` with keys like `base_key` as leaves, of shape ``(*stack,)`` if typed and
         ``(*stack, 2)`` if not.
+
+    Raises:
+        ValueError: `scan_map` has another structure than `params`, or names axes that do not lead.
     """
     leaves, treedef = jax.tree.flatten(params)
-    stacked = jax.tree.leaves(scan_map, is_leaf=lambda node: isinstance(node, tuple))
-    keys = []
     words = split(key_words(base_key), len(leaves))
-    for place, (leaf, axes) in enumerate(zip(leaves, stacked, strict=True)):
-        own = words[place]
+    typed = jnp.issubdtype(base_key.dtype, jax.dtypes.prng_key)
+
+    def keys_of(leaf: Any, own: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        if axes != tuple(range(len(axes))):
+            raise ValueError(f"`scan_map` must name leading axes, (), (0,), (0, 1) and so on, got {axes}")
         for axis in axes:
             own = split(own, leaf.shape[axis])
-        typed = jnp.issubdtype(base_key.dtype, jax.dtypes.prng_key)
-        keys.append(jax.random.wrap_key_data(own, impl="threefry2x32") if typed else own)
-    return jax.tree.unflatten(treedef, keys)
+        return jax.random.wrap_key_data(own, impl="threefry2x32") if typed else own
+
+    return jax.tree.map(keys_of, params, jax.tree.unflatten(treedef, list(words)), scan_map)

@@ -15,15 +15,19 @@ from eggroll.perturbation import LowRank, draws_and_signs
 from eggroll.prng import MANTISSA_BITS
 from eggroll.update import dense_sum, direction_scale, low_rank_sum
 
+from ...direction import sum_in_chunks
 from ...keys import fold_in, key_words
 from ...noise import normal
-from ...perturbed import PerturbedArray
+from ...perturbed import PerturbedArray, materialise
 from ..models.common import EMB_PARAM, EXCLUDED, MM_PARAM
 from .base_noiser import FrozenNoiserParams, IterInfo, Noiser
 
 __all__ = ["EggRoll"]
 
 Array = jax.Array
+
+# An update draws the noise of so many members of a parameter at a time that this holds it: 64 MiB.
+_NUMBERS_HELD = 2**24
 
 
 class EggRoll(Noiser):
@@ -64,9 +68,7 @@ class EggRoll(Noiser):
     def do_emb(
         cls, frozen: FrozenNoiserParams, noiser_params: Any, param: Any, base_key: Any, iterinfo: IterInfo, x: Any
     ) -> Any:
-        return cls._with_matrix(
-            lambda w, x: jnp.take(w, x, axis=0), frozen, noiser_params, param, base_key, iterinfo, x
-        )
+        return cls._with_matrix(lambda w, x: w[x], frozen, noiser_params, param, base_key, iterinfo, x)
 
     @classmethod
     def get_noisy_standard(
@@ -94,7 +96,8 @@ class EggRoll(Noiser):
         key, sign = cls._draw(frozen, key, iterinfo)
         noise = cls.matrix_noise(frozen, key, param.shape, precision_of(param))
         weight = cls.perturbed_matrix(frozen, param, noise, sign * noiser_params["sigma"])
-        return quax.quaxify(function)(weight, x)
+        # One row, looked up with an index without axes, is still a perturbed array.
+        return materialise(quax.quaxify(function)(weight, x))
 
     @classmethod
     def _draw(cls, frozen: FrozenNoiserParams, base_key: Any, iterinfo: tuple[Any, Any]) -> tuple[Array, Array]:
@@ -166,14 +169,24 @@ class EggRoll(Noiser):
                 return jnp.zeros_like(param)
             words = _words(key)
             stack = words.ndim - 1
-            spread = (-1,) + (1,) * stack
-            keys = fold_in(fold_in(words, lives.reshape(spread)), draws.reshape(spread))
             layer = param.shape[stack:]
-            if kind in (MM_PARAM, EMB_PARAM):
-                noise = cls.matrix_noise(frozen, keys, layer, precision_of(param))
-                total = cls.matrix_sum(frozen, coefficients, noise, layer)
-            else:
-                total = dense_sum(coefficients, normal(keys, layer, precision_of(param)))
+            is_matrix = kind in (MM_PARAM, EMB_PARAM)
+            precision = precision_of(param)
+
+            def noise(keys: Array) -> Any:
+                if is_matrix:
+                    return cls.matrix_noise(frozen, keys, layer, precision)
+                return normal(keys, layer, precision)
+
+            def sums(lives: Array, draws: Array, coefficients: Array) -> Array:
+                spread = (-1,) + (1,) * stack
+                drawn = noise(fold_in(fold_in(words, lives.reshape(spread)), draws.reshape(spread)))
+                if is_matrix:
+                    return cls.matrix_sum(frozen, coefficients, drawn, layer)
+                return dense_sum(coefficients, drawn)
+
+            of_member = sum(part.size for part in jax.tree.leaves(jax.eval_shape(noise, words)))
+            total = sum_in_chunks(sums, (lives, draws, coefficients), max(_NUMBERS_HELD // max(of_member, 1), 1))
             scale = direction_scale(config, low_rank=False, sigma=noiser_params["sigma"])
             return (total * scale).astype(param.dtype)
 
