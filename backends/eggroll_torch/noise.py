@@ -152,13 +152,21 @@ class NoiseSource:
         self._last = None  # drop the old chunk before the new one is drawn
         index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self.device)
         draws, signs = perturbation.draws_and_signs(index, self.config)
-        keys = threefry.fold_in(self._generation_keys, draws[:: self.members_per_draw, None])
+        keys = self._draw_keys(draws[:: self.members_per_draw])
         drawn = ChunkNoise(members, signs, keys, self._layout.draw(keys))
         if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
             self._last = drawn
         return drawn
+
+    def _draw_keys(self, draws: Tensor) -> Tensor:
+        """The keys of some draws, int32 of shape ``(draws, n_keys, 2)``."""
+        if self._kernels:
+            from .kernels.noise import fold_in
+
+            return fold_in(self._generation_keys, draws)
+        return threefry.fold_in(self._generation_keys, draws.unsqueeze(1))
 
     def chunk_with(self, member: int) -> ChunkNoise:
         """A chunk that holds `member`: one that is there, or that of its draw alone."""
