@@ -67,20 +67,25 @@ def measure(workload: Workload, device: torch.device, repeats: int) -> dict:
     torch.manual_seed(0)
     model = workload.model().to(device)
     x, flat = workload.inputs(device), workload.flat_inputs(device)
-    trainer = EGGROLLTrainer(
-        model.parameters(),
-        model=model,
-        population_fitness_fn=lambda population: score(population(x, per_member=workload.per_member)),
-        population_size=workload.members,
-        rank=workload.rank,
-        antithetic=True,
-        chunk_size="auto",
-        learning_rate=1e-6,
-        seed=0,
-    )
+
+    def new_trainer() -> EGGROLLTrainer:
+        return EGGROLLTrainer(
+            model.parameters(),
+            model=model,
+            population_fitness_fn=lambda population: score(population(x, per_member=workload.per_member)),
+            population_size=workload.members,
+            rank=workload.rank,
+            antithetic=True,
+            chunk_size="auto",
+            learning_rate=1e-6,
+            seed=0,
+        )
+
+    trainer = new_trainer()
+    population = new_trainer().ask()  # of a generation that stays open: its noise is drawn once, unless it is large
 
     def forward() -> None:
-        trainer.ask()(x, per_member=workload.per_member)
+        population(x, per_member=workload.per_member)
 
     with torch.no_grad():
         methods: dict[str, Callable[[], object]] = {
@@ -89,7 +94,7 @@ def measure(workload: Workload, device: torch.device, repeats: int) -> dict:
             "generation": trainer.step,
         }
         times = in_turns(methods, repeats, device)
-        for name, share, run in slow_methods(workload, model, x, trainer.ask()):
+        for name, share, run in slow_methods(workload, model, x, population):
             times[name] = [seconds / share for seconds in in_turns({name: run}, 1, device)[name]]
     print(workload.name, {name: f"{1e3 * statistics.median(t):.1f} ms" for name, t in times.items()}, flush=True)
     return {
@@ -97,7 +102,7 @@ def measure(workload: Workload, device: torch.device, repeats: int) -> dict:
         "title": workload.title,
         "members": workload.members,
         "rank": workload.rank,
-        "chunk_size": trainer.ask().chunk_size(x, per_member=workload.per_member),
+        "chunk_size": population.chunk_size(x, per_member=workload.per_member),
         "milliseconds": {name: 1e3 * statistics.median(t) for name, t in times.items()},
         "all_milliseconds": {name: [1e3 * seconds for seconds in t] for name, t in times.items()},
     }
@@ -169,7 +174,10 @@ def scaling_point(members: int) -> dict:
     model, x = mlp(64, 128, 128, 10), torch.randn(16, 64)
 
     def fitness(population: Population) -> torch.Tensor:
-        return torch.cat([score(part(x)) for part in population.chunks(SCALING_CHUNK)])
+        scores = torch.empty(len(population))
+        for part in population.chunks(SCALING_CHUNK):
+            scores[part.members.start : part.members.stop] = score(part(x))
+        return scores
 
     trainer = EGGROLLTrainer(
         model.parameters(),
@@ -220,7 +228,8 @@ def table(report: dict) -> str:
     info = report["machine"]
     lines = [
         f"Device: {info['device']}, {info['threads']} threads, torch {info['torch']}, Python {info['python']}. "
-        "Milliseconds, medians; the ratio is that of pure inference to a whole generation, more is better.",
+        "Milliseconds, medians; forward passes with noise that was drawn before; the ratio is that of pure inference "
+        "to a whole generation, more is better.",
         "",
         "| | members | rank | pure inference | forward | generation | ratio | one at a time * | full-rank ES * |",
         "|---|---|---|---|---|---|---|---|---|",

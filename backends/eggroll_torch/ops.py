@@ -16,9 +16,9 @@ from . import kernels, threefry
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
-# Bytes of a block of rows: they stay in the cache between the product and what is added to it, and a block is large
-# enough for a product that keeps all cores busy.
-_BLOCK_BYTES = 1 << 22
+# Bytes of a block of rows: they stay in the last-level cache from what is added first to the product, and a block is
+# large enough for a product that keeps all cores busy.
+_BLOCK_BYTES = 1 << 24
 
 
 @torch.library.custom_op("eggroll::perturbed_linear", mutates_args=())

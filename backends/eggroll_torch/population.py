@@ -141,8 +141,18 @@ class Population:
     def chunks(self, size: int) -> Iterator["Population"]:
         """The population in parts of at most `size` members, rounded up to whole antithetic pairs.
 
-        Scoring part by part keeps memory independent of the population:
-        ``torch.cat([score(part(x)) for part in population.chunks(1024)])``.
+        Scoring part by part keeps memory independent of the population. Write the scores into one tensor: single ones
+        that are kept lie between the activations of parts, and on a CPU the allocator can then not use those again.
+
+        Example:
+            >>> import torch
+            >>> from eggroll.torch import EGGROLLTrainer
+            >>> model = torch.nn.Linear(3, 2)
+            >>> trainer = EGGROLLTrainer(model.parameters(), model=model, population_size=8, seed=0)
+            >>> population = trainer.ask()
+            >>> scores = torch.empty(len(population))
+            >>> for part in population.chunks(4):
+            ...     scores[part.members.start : part.members.stop] = -part(torch.ones(3)).square().sum(dim=1)
         """
         for members in chunk_ranges(self._members, as_int("size", size, 1), self.weights.members_per_draw):
             part = Population(self._model, self.weights, members, self._chunking, self._randomness)
