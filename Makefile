@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test test-wheel lint bench bench-peers bench-jax parity clean
+.PHONY: demo test test-wheel lint bench bench-gpu bench-peers bench-jax parity clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -30,6 +30,10 @@ parity: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/torch_generation.py $(if $(wildcard $(VENV)-peers/.peers),--peers $(VENV)-peers/bin/python)
+
+# Resumes what was measured on this GPU before; BENCH_GPU="--seconds 500 --only target" and the like narrow it down.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_generation.py $(BENCH_GPU)
 
 bench-jax: $(VENV)/.dev
 	$(BIN)/python benchmarks/jax_generation.py

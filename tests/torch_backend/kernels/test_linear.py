@@ -238,7 +238,7 @@ def test_the_sum_over_inputs_in_parts(
 @pytest.mark.parametrize("rank", [1, 16])
 def test_noise_in_memory_equals_noise_in_registers(rows: int, rank: int, shared: bool, device: torch.device):
     layer = Layer(Size(6, 3, rows, 33, 35), torch.float32, device, rank=rank, shared=shared)
-    assert error(layer.drawn(), layer.stored()) < 1e-6
+    assert error(layer.drawn(), layer.stored()) < 3e-6
 
 
 WRONG: dict[str, Callable[[Layer], dict[str, Any]]] = {

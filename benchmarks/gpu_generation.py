@@ -1,0 +1,451 @@
+"""How fast a generation is on a GPU, against pure inference and against what the chip can do.
+
+    python benchmarks/gpu_generation.py                         # everything that is not measured yet
+    python benchmarks/gpu_generation.py --list                  # what there is to measure, and what is done
+    python benchmarks/gpu_generation.py --only target --seconds 500
+
+One linear layer of width d in bfloat16, one row of input for each member, antithetic pairs; and a 3 x 256 MLP of
+65,536 members in float32. A case is measured method by method, times are medians between CUDA events with the cache
+emptied in between. Writes JSON, a Markdown table and plots to docs/benchmarks/ after every case, the most interesting
+first; the next run goes on where one stopped, on the same GPU with the same software. Needs CUDA.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch_generation import machine, score
+from workloads import mlp
+
+from eggroll import prng
+from eggroll.torch import EGGROLLTrainer
+from eggroll_torch import kernels
+
+WIDTHS = (8192, 4096, 1024)
+POPULATIONS = (1024, 64, 256, 4096, 8192)
+RANKS = (1, 4, 16)
+SCALE = 0.01
+MLP_MEMBERS, MLP_WIDTH, MLP_ROWS = 65_536, 256, 16
+REPEATS = 21
+FILES = "gpu_generation"
+FULL_RANK_SHARE = 0.4
+"""Of the free memory, for the noise of the full-rank population; as much again is for its weights."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and a population of it.
+
+    Attributes:
+        width: features in and out.
+        members: of the population, in antithetic pairs.
+        rank: of the perturbation.
+        shared: whether the members share one input row.
+    """
+
+    width: int
+    members: int
+    rank: int
+    shared: bool
+
+    @property
+    def name(self) -> str:
+        kind = "shared" if self.shared else "own"
+        target = "target " if (self.width, self.members, self.rank) == (8192, 1024, 1) else ""
+        return f"{target}d={self.width} n={self.members} rank={self.rank} {kind}"
+
+    @property
+    def operations(self) -> dict[str, float]:
+        """Floating-point operations of the matrix products that a method cannot do without."""
+        matrix, noise = 2.0 * self.width**2, 4.0 * self.members * self.rank * self.width
+        forward = (1 if self.shared else self.members) * matrix + noise
+        update = self.members / 2 * self.rank * matrix
+        return {
+            "pure inference": self.members * matrix,
+            "forward, drawn": forward,
+            "forward, stored": forward,
+            "two products": self.members * matrix + update,
+            "generation": forward + update,
+        }
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Bytes that a method cannot but read or write once: weight, inputs, outputs, stored noise, direction."""
+        weight, rows = 2.0 * self.width**2, 2.0 * self.members * self.width
+        forward = weight + rows + (0 if self.shared else rows)
+        noise = 2.0 * self.members * self.width * self.rank
+        return {
+            "pure inference": weight + 2 * rows,
+            "forward, drawn": forward,
+            "forward, stored": forward + noise,
+            "two products": 2 * weight + 2 * rows + noise,
+            "generation": forward + 2 * weight,
+        }
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    cases = {case.name: case for case in all_cases()}
+    chosen = [name for name in (*cases, "mlp") if options.only is None or options.only in name]
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here: nothing was measured and nothing written.", file=sys.stderr)
+        return 1
+    device = torch.device("cuda")
+    started = time.monotonic()
+    report = previous(options.out, device, options.fresh)
+    if options.list:
+        print("\n".join(f"{'done' if name in report['cases'] else '    '} {name}" for name in chosen))
+        return 0
+    if "ceilings" not in report:
+        report["ceilings"] = ceilings(device)
+    for name in chosen:
+        if name in report["cases"] and not options.fresh:
+            continue
+        if time.monotonic() - started > options.seconds:
+            print(f"{options.seconds} seconds are over; run again for the rest, which begins with {name!r}")
+            break
+        report["cases"][name] = measure_mlp(device) if name == "mlp" else measure(cases[name], device)
+        print(name, summary(report["cases"][name]), flush=True)
+        write(report, options.out)
+    print(table(report))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Benchmark of the kernels and of a generation on a GPU.")
+    parser.add_argument("--only", metavar="TEXT", help="cases with this in their name, such as 'target' or 'd=1024 '")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this time")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what was measured before")
+    parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "benchmarks")
+    return parser
+
+
+def all_cases() -> Iterator[Case]:
+    """The target, then rank by rank, the widest layers first."""
+    for rank, width, members, shared in itertools.product(RANKS, WIDTHS, POPULATIONS, (False, True)):
+        yield Case(width, members, rank, shared)
+
+
+def previous(out: Path, device: torch.device, fresh: bool) -> dict:
+    """The report so far. What another GPU or other software measured is not mixed with it."""
+    here = {**machine(device), "triton": kernels.status(device).triton, "kernels": kernels.status(device).reason}
+    path = out / f"{FILES}.json"
+    if path.exists() and not fresh:
+        report = json.loads(path.read_text())
+        if report["machine"] == here:
+            return report
+        print(f"{path} was measured on another machine, {report['machine']}: starting anew", file=sys.stderr)
+    return {"machine": here, "cases": {}}
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the chip does at best: a large bfloat16 product in TFLOP/s, a large copy in GB/s, read and written."""
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {
+        "TFLOP/s": 2e-9 * size**3 / milliseconds(lambda: torch.mm(a, b), device)[0],
+        "GB/s": 2e-6 * source.numel() / milliseconds(lambda: target.copy_(source), device)[0],
+    }
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> tuple[float, int]:
+    """The median time of a run, and the bytes that it takes beyond what is there before."""
+    run()  # compiles, and tries configurations
+    run()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # larger than any level-two cache
+    times = []
+    for _ in range(repeats):
+        cache.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times), peak
+
+
+@torch.no_grad()
+def measure(case: Case, device: torch.device) -> dict:
+    """Every method on one layer: median milliseconds and bytes taken."""
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    model = nn.Linear(case.width, case.width, bias=False, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(case.members, case.width, device=device, dtype=torch.bfloat16)
+    x = rows[:1] if case.shared else rows.unsqueeze(1)
+    found = {}
+    for name, run in methods(case, model, rows, x).items():
+        try:
+            found[name] = milliseconds(run, device)
+        except torch.OutOfMemoryError as error:
+            print(f"{case.name}: {name} does not fit: {error}", file=sys.stderr)
+    full, seconds_of_full = full_rank(case, model, x, device)
+    return {
+        "width": case.width,
+        "members": case.members,
+        "rank": case.rank,
+        "shared": case.shared,
+        "milliseconds": {name: time for name, (time, _) in found.items()},
+        "bytes": {name: size for name, (_, size) in found.items()},
+        "full-rank ES": {"members": full, "milliseconds of all": seconds_of_full},
+    }
+
+
+def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; `rows` are those of the plain model."""
+    weight, device = model.weight, rows.device
+    signs = torch.ones(case.members, device=device)
+    signs[1::2] = -1
+    draws = torch.arange(case.members // 2, dtype=torch.int32, device=device)
+    terms = torch.randn(2, case.members // 2 * case.rank, case.width, device=device, dtype=torch.bfloat16)
+    trainer = EGGROLLTrainer(
+        model.parameters(),
+        model=model,
+        population_fitness_fn=lambda population: score(population(x, per_member=not case.shared).float()),
+        population_size=case.members,
+        rank=case.rank,
+        antithetic=True,
+        learning_rate=1e-6,
+        seed=0,
+    )
+    chosen: dict[str, Callable[[], object]] = {
+        "pure inference": lambda: linear(rows, weight),
+        "two products": lambda: (linear(rows, weight), torch.mm(terms[0].mT, terms[1])),
+        "generation": trainer.step,
+    }
+    if kernels.usable(rows):
+        from eggroll_torch.kernels.linear import linear_of_members, linear_of_members_drawn
+        from eggroll_torch.kernels.noise import draw_rows, fold_in
+
+        key = torch.from_numpy(prng.key(0).view("int32")).to(device).view(1, 2)
+        keys = fold_in(key, draws)[:, 0]
+        length = 2 * case.width * case.rank
+        counter = torch.arange(length, dtype=torch.int32, device=device)
+        noise = draw_rows(keys.unsqueeze(1), torch.zeros_like(counter), counter, "float32", torch.bfloat16)
+        B, A = noise.view(len(draws), 2 * case.width, case.rank).split(case.width, dim=1)
+
+        def on_the_fly() -> torch.Tensor:
+            return linear_of_members_drawn(x, weight, None, fold_in(key, draws)[:, 0], case.rank, signs, SCALE)
+
+        chosen["forward, drawn"] = on_the_fly
+        chosen["forward, stored"] = lambda: linear_of_members(x, weight, None, A, B, signs, SCALE)
+    return chosen
+
+
+def full_rank(case: Case, model: nn.Linear, x: torch.Tensor, device: torch.device) -> tuple[int, float]:
+    """A generation of full-rank evolution strategies: the largest population that fits, and its time, scaled up."""
+    weight = model.weight
+    fits = int(FULL_RANK_SHARE * torch.cuda.mem_get_info(device)[0] / (weight.numel() * weight.element_size()))
+    members = max(2, min(case.members, fits) // 2 * 2)
+    inputs = x.expand(members, 1, -1) if case.shared else x[:members]
+
+    def generation() -> torch.Tensor:
+        noise = torch.randn(members, *weight.shape, device=device, dtype=weight.dtype)
+        outputs = torch.bmm(inputs, torch.add(weight, noise, alpha=SCALE).mT)
+        return torch.mv(noise.view(members, -1).mT, score(outputs))
+
+    time, _ = milliseconds(generation, device, repeats=3)
+    torch.cuda.empty_cache()
+    return members, time * case.members / members
+
+
+@torch.no_grad()
+def measure_mlp(device: torch.device) -> dict:
+    """A generation of the small MLP with very many members, here and in EvoX, float32 on the tensor cores."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return _measure_mlp(device)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _measure_mlp(device: torch.device) -> dict:
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    widths = (MLP_WIDTH,) * 4
+    model, x = mlp(*widths).to(device), torch.randn(MLP_ROWS, MLP_WIDTH, device=device)
+    target = torch.randint(MLP_WIDTH, (MLP_ROWS,), device=device)
+    loss = nn.CrossEntropyLoss()
+
+    def fitness(population):
+        return torch.cat([-torch.vmap(loss, (0, None))(part(x), target) for part in population.chunks(8192)])
+
+    trainer = EGGROLLTrainer(
+        model.parameters(),
+        model=model,
+        population_fitness_fn=fitness,
+        population_size=MLP_MEMBERS,
+        antithetic=True,
+        chunk_size=8192,
+        learning_rate=1e-6,
+        seed=0,
+    )
+    rows = torch.randn(8192 * MLP_ROWS, MLP_WIDTH, device=device)
+    found = {
+        "pure inference": milliseconds(lambda: [model(rows) for _ in range(MLP_MEMBERS // 8192)], device, 5),
+        "generation": milliseconds(trainer.step, device, 5),
+    }
+    try:
+        found["EvoX"] = milliseconds(evox_step(x, target), device, 5)
+    except Exception as error:
+        print(f"EvoX is left out: {type(error).__name__}: {error}", file=sys.stderr)
+    return {
+        "members": MLP_MEMBERS,
+        "milliseconds": {name: time for name, (time, _) in found.items()},
+        "bytes": {name: size for name, (_, size) in found.items()},
+    }
+
+
+def evox_step(x: torch.Tensor, target: torch.Tensor) -> Callable[[], object]:
+    """A generation of the same population in EvoX, set up as in the CPU benchmark."""
+    import torch_peers
+
+    torch_peers.MEMBERS, torch_peers.ROWS = MLP_MEMBERS, len(x)
+    with x.device:
+        step = torch_peers.evox_lora(mlp(*(MLP_WIDTH,) * 4), x, target)
+
+    def on_the_device() -> object:
+        with x.device:
+            return step()
+
+    return on_the_device
+
+
+def write(report: dict, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    draft = out / f"{FILES}.json.part"
+    draft.write_text(json.dumps(report, indent=2) + "\n")
+    draft.replace(out / f"{FILES}.json")
+    (out / f"{FILES}.md").write_text(table(report))
+    plots(report, out)
+
+
+def summary(case: dict) -> str:
+    return ", ".join(f"{name} {time:.3f} ms" for name, time in case["milliseconds"].items())
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    info, best = report["machine"], report["ceilings"]
+    lines = [
+        f"Device: {info['device']}, torch {info['torch']}, Triton {info['triton']}, Python {info['python']}. "
+        f"Ceilings, measured: {best['TFLOP/s']:.0f} TFLOP/s (bfloat16 product of 8192 x 8192) and "
+        f"{best['GB/s']:.0f} GB/s (copy, read and written). One bfloat16 layer of d x d, a row for each member, "
+        "antithetic pairs. Milliseconds, medians. A ratio is the time of pure batched inference (of a generation: of "
+        "the products alone, inference and update) over that of the method; more is better. In brackets: the share "
+        "of the nearer ceiling, of products or of bytes. Memory is what a generation takes beyond model and inputs.",
+        "",
+        "| d | members | rank | input | inference | forward, drawn | ratio | forward, stored | ratio "
+        "| generation | ratio | generation, MB | full-rank ES * |",
+        "|" + "---|" * 13,
+    ]
+    layers = [case for name, case in report["cases"].items() if name != "mlp"]
+    for case in sorted(layers, key=lambda c: (-c["width"], c["rank"], c["shared"], c["members"])):
+        t = case["milliseconds"]
+        size = Case(case["width"], case["members"], case["rank"], case["shared"])
+
+        def cell(name: str, t: dict = t, size: Case = size) -> str:
+            if name not in t:
+                return "-"
+            share = max(
+                1e-9 * size.operations[name] / t[name] / best["TFLOP/s"],
+                1e-6 * size.bytes[name] / t[name] / best["GB/s"],
+            )
+            return f"{t[name]:.3f} ({100 * share:.0f} %)"
+
+        def ratio(name: str, reference: str, t: dict = t) -> str:
+            return f"{t[reference] / t[name]:.2f}" if {name, reference} <= t.keys() else "-"
+
+        full = case["full-rank ES"]
+        cells = [
+            case["width"],
+            case["members"],
+            case["rank"],
+            "shared" if case["shared"] else "own",
+            cell("pure inference"),
+            *(text for n in ("forward, drawn", "forward, stored") for text in (cell(n), ratio(n, "pure inference"))),
+            cell("generation"),
+            ratio("generation", "two products"),
+            f"{case['bytes'].get('generation', math.nan) / 1e6:.0f}",
+            f"{full['milliseconds of all']:.1f} ({full['members']})",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "\\* timed on the members in brackets, the most that fit, and scaled up."]
+    if "mlp" in report["cases"]:
+        t = report["cases"]["mlp"]["milliseconds"]
+        lines += [
+            "",
+            f"MLP 3 x {MLP_WIDTH}, {MLP_MEMBERS} members, {MLP_ROWS} shared rows, float32 with TF32: "
+            + ", ".join(f"{name} {time:.1f} ms" for name, time in t.items())
+            + (f" ({t['EvoX'] / t['generation']:.1f} times a generation here)" if "EvoX" in t else "")
+            + ".",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plots(report: dict, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, len(WIDTHS), figsize=(11, 6), sharex=True, sharey="row", layout="constrained")
+    references = {
+        "forward, drawn": "pure inference",
+        "forward, stored": "pure inference",
+        "generation": "two products",
+    }
+    for column, width in enumerate(sorted(WIDTHS)):
+        for axes, shared in zip(grid[:, column], (False, True), strict=True):
+            for rank, style in zip(RANKS, ("-", "--", ":"), strict=True):
+                cases = [
+                    case
+                    for name, case in report["cases"].items()
+                    if name != "mlp" and (case["width"], case["rank"], case["shared"]) == (width, rank, shared)
+                ]
+                cases.sort(key=lambda case: case["members"])
+                for color, (name, reference) in enumerate(references.items()):
+                    there = [case for case in cases if {name, reference} <= case["milliseconds"].keys()]
+                    ratios = [case["milliseconds"][reference] / case["milliseconds"][name] for case in there]
+                    members = [case["members"] for case in there]
+                    label = f"{name}, rank {rank}"
+                    axes.plot(members, ratios, style, marker="o", markersize=3, color=f"C{color}", label=label)
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3)
+            axes.set_title(f"d = {width}, {'shared input' if shared else 'an input each'}", fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("speed relative to the products alone")
+        axes.set_ylim(bottom=0)
+    for axes in grid[-1]:
+        axes.set_xlabel("members")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(
+        f"EGGROLL on {report['machine']['device']}: forward against inference, generation against both products"
+    )
+    figure.savefig(out / f"{FILES}.png", dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
