@@ -55,15 +55,7 @@ class TorchBackend(Backend):
         return {name: _numpy(own) for name, own in keys.items()}
 
     def bits(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        # The fast generator makes float32 of the bits: of these, the same 32 bits.
-        return (
-            self._row(shape)
-            .draw(self._words(key).view(1, 1, 2), _as_float)
-            .cpu()
-            .numpy()
-            .view(np.uint32)
-            .reshape(shape)
-        )
+        return _numpy(self._row(shape).bits(self._words(key).view(1, 1, 2))).view(np.uint32).reshape(shape)
 
     def uniform(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return _numpy(prng.uniform(self._key(key), shape))
@@ -230,10 +222,6 @@ def _exact_products() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _as_float(bits: Tensor) -> Tensor:
-    return bits.view(torch.float32)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

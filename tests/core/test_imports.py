@@ -11,7 +11,19 @@ import eggroll
 
 HOUSE = Path(eggroll.__file__).parent
 FACADES = {"torch.py", "jax.py"}
-FRAMEWORKS = {"torch", "jax", "jaxlib", "optax", "flax", "quax", "equinox", "eggroll_torch", "eggroll_jax", "tqdm"}
+FRAMEWORKS = {
+    "torch",
+    "jax",
+    "jaxlib",
+    "optax",
+    "flax",
+    "quax",
+    "equinox",
+    "numba",
+    "eggroll_torch",
+    "eggroll_jax",
+    "tqdm",
+}
 BLOCK = """
 import sys
 

@@ -1,11 +1,14 @@
 """The fast draws against `eggroll.prng`, which defines them."""
 
+import ast
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import array_api_compat.torch as xp
+import numpy as np
 import pytest
 import torch
 from core.support import ulp_distance
@@ -13,16 +16,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll import prng
-from eggroll_torch import threefry
+from eggroll_torch import threefry, threefry_cpu
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-BLOCK = 64
+BLOCK = threefry_cpu._BLOCK
+
+
+@pytest.fixture(params=["Numba", "PyTorch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What draws: the compiled loops of a CPU, or PyTorch's operations, as on other devices."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(threefry, "_compiled_for_cpu", lambda: None)
+    return request.param
+
+
+on_both_paths = pytest.mark.usefixtures("path")
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of so few elements that small draws cross their boundaries."""
-    monkeypatch.setattr(threefry, "_BLOCK", BLOCK)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads, also for a few draws."""
+    monkeypatch.setattr(threefry_cpu, "_SHARE", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def keys_of(rows: int, n_keys: int) -> torch.Tensor:
@@ -33,6 +51,7 @@ def keys_of(rows: int, n_keys: int) -> torch.Tensor:
     return torch.tensor(words[: rows * n_keys * 2], dtype=torch.uint32).view(rows, n_keys, 2)
 
 
+@on_both_paths
 @pytest.mark.parametrize("k0", WORDS)
 @pytest.mark.parametrize("data", WORDS)
 def test_fold_in_equals_the_definition(k0: int, data: int):
@@ -41,6 +60,7 @@ def test_fold_in_equals_the_definition(k0: int, data: int):
     assert torch.equal(fast.to(torch.uint32), prng.fold_in(key, data))
 
 
+@on_both_paths
 def test_fold_in_broadcasts_keys_and_numbers():
     keys = keys_of(1, 3)  # (1, 3, 2)
     data = torch.arange(5, dtype=torch.int32)[:, None]  # (5, 1)
@@ -49,6 +69,7 @@ def test_fold_in_broadcasts_keys_and_numbers():
     assert fast.shape == (5, 3, 2)
 
 
+@on_both_paths
 @given(words=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)), data=st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
 def test_fold_in_of_any_words(words: tuple[int, int], data: int):
@@ -57,68 +78,90 @@ def test_fold_in_of_any_words(words: tuple[int, int], data: int):
     assert torch.equal(fast.to(torch.uint32), prng.fold_in(key, data))
 
 
-def rows_of(lengths: list[int], elsewhere: bool = False) -> threefry.Rows:
-    """Rows drawn on the CPU: as a CPU draws them, or as another device does."""
-    rows = threefry.Rows(lengths, torch.device("cpu"))
-    if elsewhere:
-        rows.device = torch.device("meta")
-        rows._counter_there = torch.from_numpy(rows._counter.astype("int32"))
-        rows._key_of_there = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return rows
+def rows_of(lengths: list[int]) -> threefry.Rows:
+    return threefry.Rows(lengths, torch.device("cpu"))
 
 
-LENGTHS = [[1], [7], [129], [BLOCK], [BLOCK - 1, 1], [BLOCK + 1, 2], [3, 0, 5], [1, 1, 1, 1], [200, 61], [0]]
-anywhere = pytest.mark.parametrize("elsewhere", [False, True], ids=["NumPy", "PyTorch"])
+LENGTHS = [
+    [1],
+    [7],
+    [129],
+    [BLOCK],
+    [BLOCK - 1, 1],
+    [BLOCK + 1, 2],
+    [3, 0, 5],
+    [0, 4, 0],
+    [1, 1, 1, 1],
+    [2 * BLOCK + 200, 61],
+    [0],
+]
 
 
-@pytest.mark.usefixtures("small_blocks")
-@anywhere
-@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.usefixtures("path", "two_threads")
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_every_element_of_a_row_is_that_of_its_key(
-    lengths: list[int], rows: int, precision: prng.Precision, elsewhere: bool
-):
+def test_every_element_of_a_row_is_that_of_its_key(lengths: list[int], rows: int, precision: prng.Precision):
     keys = keys_of(rows, len(lengths))
-    fast = rows_of(lengths, elsewhere).normals(keys.to(torch.int32), precision)
+    fast = rows_of(lengths).normals(keys.to(torch.int32), precision)
     slow = torch.cat([prng.normal(keys[:, k], (length,), precision) for k, length in enumerate(lengths)], dim=1)
-    assert ulp_distance(fast, slow) <= (4 if precision == "float32" else 0)
+    assert fast.shape == slow.shape
+    assert fast.numel() == 0 or ulp_distance(fast, slow) <= (4 if precision == "float32" else 0)
 
 
-@anywhere
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_bits_equal_the_definition(threads: int, elsewhere: bool):
-    """Over a hundred thousand draws, through blocks of the size that is really used, by one thread and by two."""
+@on_both_paths
+def test_one_thread_and_two_draw_the_same():
+    """Over a hundred thousand draws, as many as threads are worth."""
     key = prng.key(2**40 + 12345, xp=xp)
-    length = 2 * threefry._BLOCK + 1
-    seen: dict[int, torch.Tensor] = {}
-
-    def floats(bits: torch.Tensor) -> torch.Tensor:
-        seen[len(seen)] = bits.clone()
-        return (bits >> 8).bitwise_and(2**24 - 1).float()  # which float32 holds
-
+    rows = rows_of([8 * threefry_cpu._SHARE + 1])
+    drawn = []
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        fast = rows_of([length], elsewhere).draw(key.to(torch.int32).view(1, 1, 2), floats)
-    finally:
-        torch.set_num_threads(before)
-    expected = prng.bits(key, (length,))
-    assert torch.equal(fast[0], (expected.to(torch.int64) >> 8).float())
-    blocks = sorted(seen.values(), key=lambda block: -block.numel())
-    assert len(blocks) == (1 if elsewhere else 3)
-    if threads == 1:
-        assert torch.equal(torch.cat(list(seen.values()), dim=1)[0].to(torch.uint32), expected)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            drawn.append(rows.bits(key.to(torch.int32).view(1, 1, 2)))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(drawn[0][0].to(torch.uint32), prng.bits(key, (rows.length,)))
+    assert torch.equal(drawn[0], drawn[1])
 
 
-@anywhere
-def test_the_tail_of_the_normals(elsewhere: bool):
+def test_the_normal_of_every_mantissa():
+    """All 2**23 of them: `eggroll.prng` makes nothing of the other bits."""
+    bits = np.arange(2**23, dtype=np.uint32) << 9
+    fast = np.empty(2**23, np.float32)
+    threefry_cpu._floats(bits, threefry_cpu._NORMAL, threefry_cpu._NO_TABLE, 0, fast)
+    uniform = prng._uniform_of(np, np.arange(2**23, dtype=np.int32), 23)
+    assert ulp_distance(fast, (prng._erfinv(np, uniform) * prng.SQRT2).astype(np.float32)) <= 4
+
+
+@on_both_paths
+def test_the_tail_of_the_normals():
     key = prng.key(3, xp=xp)
-    fast = rows_of([2**20], elsewhere).normals(key.to(torch.int32).view(1, 1, 2))
+    fast = rows_of([2**20]).normals(key.to(torch.int32).view(1, 1, 2))
     assert ulp_distance(fast[0], prng.normal(key, (2**20,))) <= 4
     assert float(fast.abs().max()) > 4.5
     assert float(fast.mean()) == pytest.approx(0, abs=5e-3)
     assert float(fast.std()) == pytest.approx(1, abs=5e-3)
+
+
+def test_without_numba_pytorch_draws_and_the_log_says_so():
+    program = """
+        import logging, sys
+        sys.modules["numba"] = None  # the import fails
+        logging.basicConfig(level=logging.DEBUG)
+        import torch
+        from eggroll_torch import threefry
+
+        keys = torch.tensor([[[1, 2]]], dtype=torch.int32)
+        print(threefry.Rows([3], torch.device("cpu")).normals(keys).tolist())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch draws" in done.stderr
+    expected = prng.normal(torch.tensor([1, 2], dtype=torch.uint32), (3,))
+    assert ulp_distance(torch.tensor(ast.literal_eval(done.stdout))[0], expected) <= 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -126,11 +169,10 @@ def test_draws_in_a_forked_process():
     """A process that is forked after draws in threads has none of the threads."""
     program = """
         import os, torch
-        from eggroll_torch import threefry
+        from eggroll_torch import threefry, threefry_cpu
 
         torch.set_num_threads(2)
-        threefry._BLOCK = 1024  # too little for threads of PyTorch's own, which no forked process has either
-        rows = threefry.Rows([4 * threefry._BLOCK], torch.device("cpu"))
+        rows = threefry.Rows([4 * threefry_cpu._SHARE], torch.device("cpu"))
         key = torch.tensor([[[1, 2]]], dtype=torch.int32)
         expected = rows.normals(key)
         child = os.fork()
@@ -143,8 +185,8 @@ def test_draws_in_a_forked_process():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 129), (3, 1, 5)], ids=str)
+@pytest.mark.usefixtures("path", "two_threads")
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 529), (3, 1, 5)], ids=str)
 def test_uniforms_are_the_upper_bits(shape: tuple[int, ...]):
     keys = keys_of(2, 3)
     fast = threefry.draw_uniforms(keys.to(torch.int32), shape)

@@ -1,0 +1,218 @@
+"""Threefry draws on a CPU, compiled by Numba; the definition is `eggroll.prng`, the caller `threefry`.
+
+A number costs 120 integer operations and a dozen bytes of traffic would cost as much again: the loops keep a block in
+the first cache, from counter to normal. Only sums, products, divisions and square roots of IEEE 754 are used, and the
+compiler may not contract them, so the normals are the same to the bit on every CPU.
+"""
+
+import functools
+import itertools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from eggroll import prng
+
+__all__ = ["draw", "fold_in"]
+
+# Elements whose bits are drawn before they become floats.
+_BLOCK = 1024
+# Elements that are worth a thread of their own: some 50 microseconds.
+_SHARE = 1 << 14
+
+_NORMAL, _BITS, _TABLE = 0, 1, 2
+
+_u32, _i32, _f32 = np.uint32, np.int32, np.float32
+_PARITY = _u32(0x1BD11BDA)
+_C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = map(_f32, prng.ERFINV_CENTRAL)
+_T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8 = map(_f32, prng.ERFINV_TAIL)
+_SQRT2, _LN2 = _f32(prng.SQRT2), _f32(math.log(2))
+_ONE, _TWO, _2_5, _3, _5 = map(_f32, (1, 2, 2.5, 3, 5))
+_THIRD, _FIFTH, _SEVENTH, _NINTH = (_f32(1 / n) for n in (3, 5, 7, 9))
+_MANTISSA = _i32((1 << 23) - 1)
+_ROOT_HALF = np.float32(math.sqrt(0.5)).view(np.int32)  # its bits
+_UNIFORM_STEP, _UNIFORM_SHIFT = _f32(2.0**-22), _f32(1 - 2.0**-24)
+
+
+def fold_in(keys: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """`eggroll.prng.fold_in` of `keys`, uint32 of shape ``(n, 2)``, and `data`, uint32 of shape ``(n,)``."""
+    out = np.empty((len(data), 2), np.uint32)
+    _fold_in(np.ascontiguousarray(keys), np.ascontiguousarray(data), out)
+    return out
+
+
+def draw(keys: Tensor, bounds: np.ndarray, kind: Literal["bits"] | prng.Precision) -> Tensor:
+    """Rows that hold, side by side, the draws of several keys.
+
+    Args:
+        keys: int32, shape ``(rows, n_keys, 2)``.
+        bounds: int64, shape ``(n_keys + 1,)``: where in a row each key's elements start, and where the last's end.
+        kind: normals of a precision, see `eggroll.prng.normal`; or the 32 random bits of each element.
+
+    Returns:
+        float32, or int32 for bits, of shape ``(rows, bounds[-1])``.
+    """
+    rows, length = len(keys), int(bounds[-1])
+    out = torch.empty(rows, length, dtype=torch.float32)
+    words = keys.contiguous().numpy().view(np.uint32)
+    flat = out.view(-1).numpy()
+    how, table, shift = _NORMAL, _NO_TABLE, 0
+    if kind == "bits":
+        how = _BITS
+    elif kind != "float32":
+        # The top 7 of 8 bits for bfloat16, the top 10 of 16 for float16.
+        how, table, shift = _TABLE, prng.narrow_normals(kind), {"bfloat16": 1, "float16": 6}[kind]
+
+    def fill(start: int, stop: int) -> None:
+        _fill(words, bounds, start, stop, how, table, shift, flat)
+
+    threads = min(torch.get_num_threads(), flat.size // _SHARE)
+    if threads > 1:
+        # More parts than threads: a core that is taken for a while holds up one small part.
+        corners = [flat.size * part // (4 * threads) for part in range(4 * threads + 1)]
+        list(_threads(torch.get_num_threads()).map(lambda corner: fill(*corner), itertools.pairwise(corners)))
+    elif flat.size:
+        fill(0, flat.size)
+    return out.view(torch.int32) if kind == "bits" else out
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="eggroll-noise")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has the pool but none of its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+_NO_TABLE = np.empty(0, np.float32)
+
+
+def _compiled(signature: str):
+    """Compiles a function that runs without the interpreter's lock, from disk where it was compiled before."""
+
+    def decorate(function):
+        try:
+            return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
+        except RuntimeError:  # there is no directory to write to
+            return numba.njit(signature, nogil=True, error_model="numpy")(function)
+
+    return decorate
+
+
+_inlined = numba.njit(inline="always", error_model="numpy")
+
+
+@_inlined
+def _round(x0, x1, rotation):
+    x0 = _u32(x0 + x1)
+    return x0, _u32(_u32(_u32(x1 << _u32(rotation)) | _u32(x1 >> _u32(32 - rotation))) ^ x0)
+
+
+@_inlined
+def _even_group(x0, x1):
+    for rotation in (13, 15, 26, 6):
+        x0, x1 = _round(x0, x1, rotation)
+    return x0, x1
+
+
+@_inlined
+def _odd_group(x0, x1):
+    for rotation in (17, 29, 16, 24):
+        x0, x1 = _round(x0, x1, rotation)
+    return x0, x1
+
+
+@_inlined
+def _threefry(k0, k1, counter):
+    """Both words of ``block((k0, k1), 0, counter)``. Every sum is cut to 32 bits, or Numba would widen it."""
+    k2 = _u32(k0 ^ k1 ^ _PARITY)
+    x0, x1 = _even_group(k0, _u32(counter + k1))
+    x0, x1 = _odd_group(_u32(x0 + k1), _u32(x1 + _u32(k2 + _u32(1))))
+    x0, x1 = _even_group(_u32(x0 + k2), _u32(x1 + _u32(k0 + _u32(2))))
+    x0, x1 = _odd_group(_u32(x0 + k0), _u32(x1 + _u32(k1 + _u32(3))))
+    x0, x1 = _even_group(_u32(x0 + k1), _u32(x1 + _u32(k2 + _u32(4))))
+    return _u32(x0 + k2), _u32(x1 + _u32(k0 + _u32(5)))
+
+
+@_inlined
+def _normal(bits):
+    """``sqrt(2) * erfinv(u)`` as `eggroll.prng.normal` has it, of the uniform number that the bits stand for."""
+    u = _f32(_i32(bits >> _u32(9))) * _UNIFORM_STEP - _UNIFORM_SHIFT
+    w = -_log(_f32(_ONE - u * u))
+    c = w - _2_5
+    t = np.sqrt(w) - _3
+    central = (((((((_C0 * c + _C1) * c + _C2) * c + _C3) * c + _C4) * c + _C5) * c + _C6) * c + _C7) * c + _C8
+    tail = (((((((_T0 * t + _T1) * t + _T2) * t + _T3) * t + _T4) * t + _T5) * t + _T6) * t + _T7) * t + _T8
+    return (central if w < _5 else tail) * u * _SQRT2
+
+
+@_inlined
+def _log(y):
+    """The natural logarithm of a normal positive number, to 1e-7 of the larger of 1 and the result.
+
+    ``y = 2**e * m`` with `m` between the square roots of 1/2 and 2, and ``log(m) = 2 * atanh((m - 1) / (m + 1))``,
+    whose series is cut where it is below float32's rounding.
+    """
+    distance = _i32(_f32(y).view(np.int32) - _ROOT_HALF)
+    e = _f32(_i32(distance >> _i32(23)))
+    m = _i32(_i32(distance & _MANTISSA) + _ROOT_HALF).view(np.float32)
+    s = (m - _ONE) / (m + _ONE)
+    z = s * s
+    return e * _LN2 + (_TWO * s) * ((((_NINTH * z + _SEVENTH) * z + _FIFTH) * z + _THIRD) * z + _ONE)
+
+
+@_compiled("void(uint32[:, ::1], uint32[::1], uint32[:, ::1])")
+def _fold_in(keys, data, out):
+    for i in range(len(data)):
+        out[i, 0], out[i, 1] = _threefry(keys[i, 0], keys[i, 1], data[i])
+
+
+@numba.njit(error_model="numpy")
+def _bits(k0, k1, first, out):
+    """The bits of elements `first`, `first` + 1, ... of one key's draw."""
+    for i in range(len(out)):
+        x0, x1 = _threefry(k0, k1, _u32(first + _u32(i)))
+        out[i] = _u32(x0 ^ x1)
+
+
+@numba.njit(error_model="numpy")
+def _floats(bits, kind, table, shift, out):
+    if kind == _NORMAL:
+        for i in range(len(bits)):
+            out[i] = _normal(bits[i])
+    elif kind == _BITS:
+        out[:] = bits.view(np.float32)
+    else:
+        for i in range(len(bits)):
+            out[i] = table[(bits[i] >> _u32(shift)) & _u32(len(table) - 1)]
+
+
+@_compiled("void(uint32[:, :, ::1], int64[::1], int64, int64, int64, float32[::1], int64, float32[::1])")
+def _fill(keys, bounds, start, stop, kind, table, shift, out):
+    """Elements `start` to `stop` of all rows, one after the other."""
+    block = np.empty(_BLOCK, np.uint32)
+    length = bounds[-1]
+    row, column = start // length, start % length
+    key = np.searchsorted(bounds, column, side="right") - 1
+    while start < stop:
+        # Bits of as many keys as it takes to fill the block.
+        filled, count = 0, min(_BLOCK, stop - start)
+        while filled < count:
+            n = min(bounds[key + 1] - column, count - filled)
+            part = block[filled : filled + n]
+            _bits(keys[row, key, 0], keys[row, key, 1], _u32(column - bounds[key]), part)
+            filled += n
+            column += n
+            if column == bounds[key + 1]:
+                key += 1
+                if column == length:
+                    row, column, key = row + 1, 0, 0
+        _floats(block[:count], kind, table, shift, out[start : start + count])
+        start += count
