@@ -3,7 +3,9 @@
     python benchmarks/jax_generation.py [--repeats 15] [--out docs/benchmarks]
 
 The baseline draws a member's noise inside its forward pass, for every thread anew, and again for the whole
-population at once in the update, with `jax.random`. Writes ``jax_generation.json``, ``.md`` and ``.png``.
+population at once in the update, with `jax.random`. Full-rank ES in the same way is timed on W1: three runs of half a
+minute on 2 cores, which take 5 GiB; `--no-full-rank` leaves them out. Writes ``jax_generation.json``, ``.md`` and
+``.png``.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import matplotlib.pyplot as plt
 SIGMA, RATE = 0.05, 0.1
 KEY = jax.random.key(0)
 OURS, CHUNKED, BASELINE = "eggroll.jax", "in chunks", "reference's way"
+FULL_RANK = "full-rank ES, reference's way"
 
 
 # The models, as functions of a parameter tree and of how a matrix multiplies
@@ -132,13 +135,16 @@ def ours(model, members, batch_size=None):
     return generation
 
 
-def reference_way(model, members):
+def reference_way(model, members, full_rank=False):
     """Every thread draws its own noise where it is used; the update draws that of all threads again."""
+
+    def dense(shape):
+        return full_rank or len(shape) == 1
 
     def factors(key, shape, number, thread):
         key = jax.random.fold_in(jax.random.fold_in(key, number), thread // 2)
         sign = jnp.where(thread % 2 == 0, 1.0, -1.0)
-        if len(shape) == 1:
+        if dense(shape):
             return sign * SIGMA * jax.random.normal(key, shape)
         both = jax.random.normal(key, (sum(shape), 1))
         return sign * SIGMA * both[shape[1] :], both[: shape[1]]
@@ -149,6 +155,8 @@ def reference_way(model, members):
 
         def score(thread):
             def mm(x, w, path):
+                if dense(w.shape):
+                    return x @ vector(w, path).T
                 a, b = factors(keys[path[0]][path[1]], w.shape, number, thread)
                 return x @ w.T + (x @ b) @ a.T
 
@@ -163,8 +171,8 @@ def reference_way(model, members):
 
         def update(p, key):
             noise = jax.vmap(lambda thread: factors(key, p.shape, number, thread))(threads)
-            if p.ndim == 1:
-                mean = weights @ noise / members
+            if dense(p.shape):
+                mean = jnp.tensordot(weights, noise, axes=1) / members
             else:
                 mean = jnp.einsum("nir,njr->ij", weights[:, None, None] * noise[0], noise[1]) / members
             return p + RATE * math.sqrt(members) * mean
@@ -219,6 +227,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks")
+    parser.add_argument("--full-rank", action=argparse.BooleanOptionalAction, default=True, help="time full-rank ES")
     options = parser.parse_args()
     report = {
         "device": str(jax.devices()[0].device_kind),
@@ -252,6 +261,10 @@ def main():
             "cpu_ratios": cpu_ratios,
             "relative_gap": gap,
         }
+        if name == "W1" and options.full_rank:
+            (full_rank, _) = measure({FULL_RANK: reference_way(model, members, full_rank=True)}, arguments, 1)
+            report["full_rank"] = {"ms": full_rank[FULL_RANK], "generations": full_rank[FULL_RANK] / times[CHUNKED]}
+            print(FULL_RANK, rounded(report["full_rank"]))
         print(name, rounded(times), "ratios", rounded(ratios), "of CPU time", rounded(cpu_ratios), f"gap {gap:.1e}")
     populations = [2**power for power in range(8, 15, 2)]
     report["memory"] = {"batch_size": 128, "bytes": memory(populations, 128)}
@@ -285,6 +298,15 @@ def write(report, out):
         "Inference runs the unperturbed model on rows of its own for each member; in W1 the members share their "
         "inputs, which saves the first layer's product.",
         "",
+        *(
+            [
+                f"Full-rank ES in the reference's way on W1: {full['ms']:.0f} ms, {full['generations']:.0f} times a "
+                "generation of eggroll.jax in chunks.",
+                "",
+            ]
+            if (full := report.get("full_rank"))
+            else []
+        ),
         "Temporaries of a compiled generation of an MLP 64-64-8, in MiB, "
         f"{report['memory']['batch_size']} members at a time and all at once:",
         "",
