@@ -6,12 +6,15 @@ import jax
 import quax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.extend.core.primitives import cond_p, remat_p, scan_p
+from jax.extend.core.primitives import cond_p, scan_p
 from jaxtyping import ArrayLike
 
 from .perturbed import STACK, PerturbedArray, fall_back
 
 __all__: list[str] = []
+
+# Not every version of JAX exports it.
+_REMAT = jax.make_jaxpr(jax.checkpoint(lambda x: x))(0.0).eqns[0].primitive
 
 
 @quax.register(scan_p, precedence=1)
@@ -53,7 +56,7 @@ def _same_structure(old: Any, new: Any) -> bool:
     return bool(structures[0] == structures[1])
 
 
-@quax.register(remat_p)
+@quax.register(_REMAT)
 def _(*args: PerturbedArray | ArrayLike, jaxpr: Any, prevent_cse: Any, policy: Any, **params: Any) -> Any:
     closed = ClosedJaxpr(jaxpr, ())
     return jax.checkpoint(quax.quaxify(jaxpr_as_fun(closed)), prevent_cse=prevent_cse, policy=policy)(*args)

@@ -162,8 +162,9 @@ def test_factors_are_one_draw_with_the_rows_of_b_first(xp, shape, rank):
     both = to_numpy(compiled(xp, lambda keys: prng.normal(keys, (in_features + out_features, rank)))(keys))
     assert tuple(A.shape) == (3, out_features, rank)
     assert tuple(B.shape) == (3, in_features, rank)
-    np.testing.assert_array_equal(to_numpy(B), both[:, :in_features])
-    np.testing.assert_array_equal(to_numpy(A), both[:, in_features:])
+    # Two programs that a compiler may vectorise differently: the same numbers, not always the same last bit.
+    assert ulp_distance(to_numpy(B), both[:, :in_features]) <= 4
+    assert ulp_distance(to_numpy(A), both[:, in_features:]) <= 4
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 2), (2, 0, 2)])
@@ -173,7 +174,7 @@ def test_dense_noise_is_one_draw(xp, shape):
     assert tuple(noise.shape) == (3, *shape)
     for draw in range(3):
         single = compiled(xp, lambda key: prng.normal(key, shape))(keys[draw, :])
-        np.testing.assert_array_equal(to_numpy(noise)[draw], to_numpy(single))
+        assert ulp_distance(to_numpy(noise)[draw], to_numpy(single)) <= 4
 
 
 def test_any_chunk_of_members_draws_the_same(xp):
