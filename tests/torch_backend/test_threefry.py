@@ -17,13 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll import prng
-from eggroll_torch import threefry, threefry_cpu
+from eggroll_torch import threefry
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-BLOCK = threefry_cpu._BLOCK
+threefry_cpu = threefry._compiled_for_cpu()
+with_numba = pytest.mark.skipif(threefry_cpu is None, reason="Numba is not installed")
+BLOCK = getattr(threefry_cpu, "_BLOCK", 1024)
+SHARE = getattr(threefry_cpu, "_SHARE", 1)
 
 
-@pytest.fixture(params=["Numba", "PyTorch"])
+@pytest.fixture(params=[pytest.param("Numba", marks=with_numba), "PyTorch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What draws: the compiled loops of a CPU, or PyTorch's operations, as on other devices."""
     if request.param == "PyTorch":
@@ -37,7 +40,8 @@ on_both_paths = pytest.mark.usefixtures("path")
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, also for a few draws."""
-    monkeypatch.setattr(threefry_cpu, "_SHARE", 1)
+    if threefry_cpu is not None:
+        monkeypatch.setattr(threefry_cpu, "_SHARE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -114,7 +118,7 @@ def test_every_element_of_a_row_is_that_of_its_key(lengths: list[int], rows: int
 def test_one_thread_and_two_draw_the_same():
     """Over a hundred thousand draws, as many as threads are worth."""
     key = prng.key(2**40 + 12345, xp=xp)
-    rows = rows_of([8 * threefry_cpu._SHARE + 1])
+    rows = rows_of([8 * SHARE + 1])
     drawn = []
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -127,6 +131,7 @@ def test_one_thread_and_two_draw_the_same():
     assert torch.equal(drawn[0], drawn[1])
 
 
+@with_numba
 def test_the_normal_of_every_mantissa():
     """All 2**23 of them: `eggroll.prng` makes nothing of the other bits."""
     bits = np.arange(2**23, dtype=np.uint32) << 9
@@ -165,6 +170,7 @@ def test_without_numba_pytorch_draws_and_the_log_says_so():
     assert ulp_distance(torch.tensor(ast.literal_eval(done.stdout))[0], expected) <= 4
 
 
+@with_numba
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_draws_in_a_forked_process():
     """A process that is forked after draws in threads has none of the threads."""
