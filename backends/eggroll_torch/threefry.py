@@ -1,8 +1,8 @@
 """Fast Threefry draws in PyTorch, equal to `eggroll.prng` (integers to the bit, normals to a few ULP).
 
 `eggroll.prng` allocates a new array for each of the 130 operations of a block. Here they run in place, and one call
-draws rows in which every element has its own key, so the noise of all parameters of a member is one row and a model
-of many small parameters costs no more than one large one.
+draws rows in which every element has its own key, so the noise of all parameters of a member is one row, and a model
+of many small parameters is one call, too.
 
 On a CPU the loops are compiled (`threefry_cpu`, by Numba), on a GPU they are kernels (`kernels.noise`). PyTorch's own
 operations draw elsewhere, and where Numba or Triton cannot be imported.
@@ -34,11 +34,16 @@ _PARITY = 0x1BD11BDA
 @functools.cache
 def _compiled_for_cpu() -> ModuleType | None:
     """`threefry_cpu`, or None where Numba cannot be imported."""
+    instead = "PyTorch's operations draw noise on CPUs, several times slower"
     try:
-        return importlib.import_module(".threefry_cpu", __package__)
-    except ImportError as error:
-        _log.debug("noise on CPUs: PyTorch draws, several times slower: Numba cannot be imported (%s)", error)
+        importlib.import_module("numba")
+    except ModuleNotFoundError:
+        _log.info("%s: Numba is not installed", instead)
         return None
+    except Exception as error:  # whatever it raises beside a NumPy or an LLVM that it does not know
+        _log.warning("%s: Numba cannot be imported (%s: %s)", instead, type(error).__name__, error)
+        return None
+    return importlib.import_module(".threefry_cpu", __package__)
 
 
 def fold_in(keys: Tensor, data: Tensor) -> Tensor:
@@ -50,7 +55,12 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
 
     Returns:
         int32, shape ``(..., 2)``.
+
+    Raises:
+        TypeError: of other dtypes, whose words the loops would misread.
     """
+    _check_words("keys", keys)
+    _check_words("data", data)
     shape = torch.broadcast_shapes(keys.shape[:-1], data.shape)
     keys, data = keys.expand(*shape, 2), data.expand(shape)
     compiled = _compiled_for_cpu() if keys.device.type == "cpu" else None
@@ -67,9 +77,14 @@ class Rows:
     Args:
         lengths: elements drawn from each key.
         device: where the rows are drawn.
+
+    Raises:
+        ValueError: for a key of more than 2**31 - 1 elements.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
+        if max(lengths, default=0) >= 2**31:
+            raise ValueError(f"one draw must have at most 2**31 - 1 elements, got {max(lengths)}")
         self._bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._kernels = kernels.status(device).available
         self._compiled = _compiled_for_cpu() if device.type == "cpu" and not self._kernels else None
@@ -94,6 +109,7 @@ class Rows:
         Returns:
             float32, shape ``(rows, length)``.
         """
+        self._check(keys)
         if self._kernels:
             from .kernels.noise import draw_rows
 
@@ -104,11 +120,22 @@ class Rows:
 
     def bits(self, keys: Tensor) -> Tensor:
         """The 32 random bits of every element, int32; `keys` and shape as for `normals`."""
+        self._check(keys)
         if self._compiled is not None:
             return self._compiled.draw(keys, self._bounds, "bits")
         k0, k1 = (keys[..., word].index_select(1, self._key_of) for word in (0, 1))
         x0, x1 = _block(k0, k1, k1 + self._counter)
         return x0.bitwise_xor_(x1)
+
+    def _check(self, keys: Tensor) -> None:
+        _check_words("keys", keys)
+        if keys.shape[1:] != (len(self._bounds) - 1, 2):
+            raise ValueError(f"`keys` must have shape (rows, {len(self._bounds) - 1}, 2), got {tuple(keys.shape)}")
+
+
+def _check_words(name: str, words: Tensor) -> None:
+    if words.dtype != torch.int32:
+        raise TypeError(f"`{name}` must be int32, got {words.dtype}")
 
 
 def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,16 +1,16 @@
 """Threefry draws on a CPU, compiled by Numba; the definition is `eggroll.prng`, the caller `threefry`.
 
-A number costs 120 integer operations and a dozen bytes of traffic would cost as much again: the loops keep a block in
-the first cache, from counter to normal. Only sums, products, divisions and square roots of IEEE 754 are used, and the
-compiler may not contract them, so the normals are the same to the bit on every CPU.
+A number takes 120 integer operations; to write and read it a few times would take as long again, so a block of
+numbers stays in the first cache from counter to normal. Only sums, products, divisions and square roots of IEEE 754
+are used, and the compiler may not contract them, so the normals are the same to the bit on every CPU.
 """
 
 import functools
-import itertools
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -23,18 +23,21 @@ __all__ = ["draw", "fold_in"]
 
 # Elements whose bits are drawn before they become floats.
 _BLOCK = 1024
-# Elements that are worth a thread of their own: some 50 microseconds.
-_SHARE = 1 << 14
+# Elements that are worth a thread: below, on two cores, handing them out cost more than drawing them (300 us).
+_SHARE = 1 << 17
 
+# What bits become.
 _NORMAL, _BITS, _TABLE = 0, 1, 2
+_NO_TABLE = np.empty(0, np.float32)
 
 _u32, _i32, _f32 = np.uint32, np.int32, np.float32
 _PARITY = _u32(0x1BD11BDA)
+# What Numba keeps on disk is stamped with the time of this file alone: touch it when constants of `prng` change.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = map(_f32, prng.ERFINV_CENTRAL)
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8 = map(_f32, prng.ERFINV_TAIL)
 _SQRT2, _LN2 = _f32(prng.SQRT2), _f32(math.log(2))
 _ONE, _TWO, _2_5, _3, _5 = map(_f32, (1, 2, 2.5, 3, 5))
-_THIRD, _FIFTH, _SEVENTH, _NINTH = (_f32(1 / n) for n in (3, 5, 7, 9))
+_THIRD, _FIFTH, _SEVENTH = (_f32(1 / n) for n in (3, 5, 7))
 _MANTISSA = _i32((1 << 23) - 1)
 _ROOT_HALF = np.float32(math.sqrt(0.5)).view(np.int32)  # its bits
 _UNIFORM_STEP, _UNIFORM_SHIFT = _f32(2.0**-22), _f32(1 - 2.0**-24)
@@ -59,24 +62,24 @@ def draw(keys: Tensor, bounds: np.ndarray, kind: Literal["bits"] | prng.Precisio
         float32, or int32 for bits, of shape ``(rows, bounds[-1])``.
     """
     rows, length = len(keys), int(bounds[-1])
-    out = torch.empty(rows, length, dtype=torch.float32)
+    out = torch.empty(rows, length, dtype=torch.float32, device="cpu")
     words = keys.contiguous().numpy().view(np.uint32)
     flat = out.view(-1).numpy()
-    how, table, shift = _NORMAL, _NO_TABLE, 0
+    conversion, table, shift = _NORMAL, _NO_TABLE, 0
     if kind == "bits":
-        how = _BITS
+        conversion = _BITS
     elif kind != "float32":
         # The top 7 of 8 bits for bfloat16, the top 10 of 16 for float16.
-        how, table, shift = _TABLE, prng.narrow_normals(kind), {"bfloat16": 1, "float16": 6}[kind]
+        conversion, table, shift = _TABLE, prng.narrow_normals(kind), {"bfloat16": 1, "float16": 6}[kind]
 
     def fill(start: int, stop: int) -> None:
-        _fill(words, bounds, start, stop, how, table, shift, flat)
+        _fill(words, bounds, start, stop, conversion, table, shift, flat)
 
     threads = min(torch.get_num_threads(), flat.size // _SHARE)
     if threads > 1:
         # More parts than threads: a core that is taken for a while holds up one small part.
-        corners = [flat.size * part // (4 * threads) for part in range(4 * threads + 1)]
-        list(_threads(torch.get_num_threads()).map(lambda corner: fill(*corner), itertools.pairwise(corners)))
+        cuts = [flat.size * part // (4 * threads) for part in range(4 * threads + 1)]
+        list(_threads(torch.get_num_threads()).map(fill, cuts[:-1], cuts[1:]))
     elif flat.size:
         fill(0, flat.size)
     return out.view(torch.int32) if kind == "bits" else out
@@ -91,16 +94,14 @@ if hasattr(os, "register_at_fork"):
     # A forked process has the pool but none of its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
-_NO_TABLE = np.empty(0, np.float32)
 
-
-def _compiled(signature: str):
+def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function that runs without the interpreter's lock, from disk where it was compiled before."""
 
-    def decorate(function):
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
-        except RuntimeError:  # there is no directory to write to
+        except Exception:  # no directory to write to, a full disk, a file cut short: not what was asked for
             return numba.njit(signature, nogil=True, error_model="numpy")(function)
 
     return decorate
@@ -155,7 +156,7 @@ def _normal(bits):
 
 @_inlined
 def _log(y):
-    """The natural logarithm of a normal positive number, to 1e-7 of the larger of 1 and the result.
+    """The natural logarithm of a normal positive number, to 1.2e-7 of the larger of 1 and the result.
 
     ``y = 2**e * m`` with `m` between the square roots of 1/2 and 2, and ``log(m) = 2 * atanh((m - 1) / (m + 1))``,
     whose series is cut where it is below float32's rounding.
@@ -165,7 +166,7 @@ def _log(y):
     m = _i32(_i32(distance & _MANTISSA) + _ROOT_HALF).view(np.float32)
     s = (m - _ONE) / (m + _ONE)
     z = s * s
-    return e * _LN2 + (_TWO * s) * ((((_NINTH * z + _SEVENTH) * z + _FIFTH) * z + _THIRD) * z + _ONE)
+    return e * _LN2 + (_TWO * s) * (((_SEVENTH * z + _FIFTH) * z + _THIRD) * z + _ONE)
 
 
 @_compiled("void(uint32[:, ::1], uint32[::1], uint32[:, ::1])")
@@ -183,11 +184,11 @@ def _bits(k0, k1, first, out):
 
 
 @numba.njit(error_model="numpy")
-def _floats(bits, kind, table, shift, out):
-    if kind == _NORMAL:
+def _floats(bits, conversion, table, shift, out):
+    if conversion == _NORMAL:
         for i in range(len(bits)):
             out[i] = _normal(bits[i])
-    elif kind == _BITS:
+    elif conversion == _BITS:
         out[:] = bits.view(np.float32)
     else:
         for i in range(len(bits)):
@@ -195,7 +196,7 @@ def _floats(bits, kind, table, shift, out):
 
 
 @_compiled("void(uint32[:, :, ::1], int64[::1], int64, int64, int64, float32[::1], int64, float32[::1])")
-def _fill(keys, bounds, start, stop, kind, table, shift, out):
+def _fill(keys, bounds, start, stop, conversion, table, shift, out):
     """Elements `start` to `stop` of all rows, one after the other."""
     block = np.empty(_BLOCK, np.uint32)
     length = bounds[-1]
@@ -214,5 +215,5 @@ def _fill(keys, bounds, start, stop, kind, table, shift, out):
                 key += 1
                 if column == length:
                     row, column, key = row + 1, 0, 0
-        _floats(block[:count], kind, table, shift, out[start : start + count])
+        _floats(block[:count], conversion, table, shift, out[start : start + count])
         start += count

@@ -1,11 +1,13 @@
 """The fast draws against `eggroll.prng`, which defines them."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import array_api_compat.numpy as numpy_xp
 import array_api_compat.torch as xp
@@ -20,8 +22,9 @@ from eggroll import prng
 from eggroll_torch import threefry
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+with_numba = pytest.mark.skipif(not HAS_NUMBA, reason="Numba is not installed")
 threefry_cpu = threefry._compiled_for_cpu()
-with_numba = pytest.mark.skipif(threefry_cpu is None, reason="Numba is not installed")
 BLOCK = getattr(threefry_cpu, "_BLOCK", 1024)
 SHARE = getattr(threefry_cpu, "_SHARE", 1)
 
@@ -151,23 +154,74 @@ def test_the_tail_of_the_normals():
     assert float(fast.std()) == pytest.approx(1, abs=5e-3)
 
 
-def test_without_numba_pytorch_draws_and_the_log_says_so():
-    program = """
-        import logging, sys
-        sys.modules["numba"] = None  # the import fails
-        logging.basicConfig(level=logging.DEBUG)
-        import torch
-        from eggroll_torch import threefry
+PROGRAM = """
+    import logging, sys
+    {before}
+    logging.basicConfig(level=logging.INFO)
+    import torch
+    from eggroll_torch import threefry
 
-        keys = torch.tensor([[[1, 2]]], dtype=torch.int32)
-        print(threefry.Rows([3], torch.device("cpu")).normals(keys).tolist())
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    keys = torch.tensor([[[1, 2]]], dtype=torch.int32)
+    print(threefry.Rows([3], torch.device("cpu")).normals(keys).tolist())
+"""
+
+
+def drawn_by(before: str, **environment: str) -> str:
+    """What a new process says on the way to the first three normals, which are the right ones."""
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM.format(before=before))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert "PyTorch draws" in done.stderr
     expected = prng.normal(torch.tensor([1, 2], dtype=torch.uint32), (3,))
     assert ulp_distance(torch.tensor(ast.literal_eval(done.stdout))[0], expected) <= 4
+    return done.stderr
+
+
+def test_without_numba_pytorch_draws_and_the_log_says_so():
+    said = drawn_by('sys.modules["numba"] = None  # the import fails')
+    assert "INFO:eggroll:PyTorch's operations draw noise on CPUs" in said
+    assert "not installed" in said
+
+
+@pytest.mark.parametrize("error", ["ImportError", "SystemError", "OSError"])
+def test_a_numba_that_cannot_be_imported_is_a_warning(error: str, tmp_path: Path):
+    (tmp_path / "numba.py").write_text(f"raise {error}('NumPy is too new')")
+    said = drawn_by(f"sys.path.insert(0, {str(tmp_path)!r})")
+    assert "WARNING:eggroll:PyTorch's operations draw noise on CPUs" in said
+    assert f"{error}: NumPy is too new" in said
+
+
+@with_numba
+def test_where_numba_is_its_loops_are_compiled():
+    assert threefry_cpu is not None
+
+
+@with_numba
+def test_a_damaged_cache_is_passed_over(tmp_path: Path):
+    drawn_by("", NUMBA_CACHE_DIR=str(tmp_path))
+    kept = list(tmp_path.rglob("*.nbi"))
+    assert kept
+    for file in kept:
+        file.write_bytes(b"")
+    drawn_by("", NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@on_both_paths
+def test_words_of_another_dtype_or_number_are_an_error():
+    keys = torch.zeros(2, 3, 2, dtype=torch.int32)
+    rows = rows_of([3, 3, 3])
+    with pytest.raises(TypeError, match="`keys` must be int32"):
+        threefry.fold_in(keys.long(), torch.tensor(0, dtype=torch.int32))
+    with pytest.raises(TypeError, match="`data` must be int32"):
+        threefry.fold_in(keys, torch.tensor(0))
+    with pytest.raises(TypeError, match="`keys` must be int32"):
+        rows.bits(keys.long())
+    for draw in (rows.bits, rows.normals):
+        with pytest.raises(ValueError, match=r"`keys` must have shape \(rows, 3, 2\), got \(2, 1, 2\)"):
+            draw(keys[:, :1])
+    with pytest.raises(ValueError, match=r"at most 2\*\*31 - 1 elements, got 2147483648"):
+        rows_of([1, 2**31])
 
 
 @with_numba
@@ -175,7 +229,7 @@ def test_without_numba_pytorch_draws_and_the_log_says_so():
 def test_draws_in_a_forked_process():
     """A process that is forked after draws in threads has none of the threads."""
     program = """
-        import os, torch
+        import os, signal, torch
         from eggroll_torch import threefry, threefry_cpu
 
         torch.set_num_threads(2)
@@ -184,6 +238,7 @@ def test_draws_in_a_forked_process():
         expected = rows.normals(key)
         child = os.fork()
         if child == 0:
+            signal.alarm(30)
             os._exit(0 if torch.equal(rows.normals(key), expected) else 1)
         assert os.waitpid(child, 0)[1] == 0
     """
