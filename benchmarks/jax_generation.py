@@ -298,15 +298,14 @@ def write(report, out):
         "Inference runs the unperturbed model on rows of its own for each member; in W1 the members share their "
         "inputs, which saves the first layer's product.",
         "",
-        *(
-            [
-                f"Full-rank ES in the reference's way on W1: {full['ms']:.0f} ms, {full['generations']:.0f} times a "
-                "generation of eggroll.jax in chunks.",
-                "",
-            ]
-            if (full := report.get("full_rank"))
-            else []
-        ),
+    ]
+    if full := report.get("full_rank"):
+        lines += [
+            f"Full-rank ES in the reference's way on W1: {full['ms']:.0f} ms, {full['generations']:.0f} times a "
+            "generation of eggroll.jax in chunks.",
+            "",
+        ]
+    lines += [
         "Temporaries of a compiled generation of an MLP 64-64-8, in MiB, "
         f"{report['memory']['batch_size']} members at a time and all at once:",
         "",

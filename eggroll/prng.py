@@ -24,10 +24,12 @@ __all__ = ["bits", "fold_in", "key", "key_from_words", "normal", "split", "unifo
 Array = Any
 Precision = Literal["float32", "bfloat16", "float16"]
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
 
 MANTISSA_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
+# A float is filled from as many bits as it is wide: the top 23 of 32, the top 7 of 8, the top 10 of 16.
+MANTISSA_SHIFTS = {"float32": 9, "bfloat16": 1, "float16": 6}
 
 # Giles, "Approximating the erfinv function" (GPU Computing Gems, 2010), single precision, highest power first.
 ERFINV_CENTRAL = (
@@ -192,11 +194,11 @@ def _key_of(xp: Any, words: list[int], device: Any) -> Array:
 
 def _block(k0: Array, k1: Array, x1: Array) -> tuple[Array, Array]:
     """Threefry-2x32-20 of the counter ``(0, x1)``, all words int32, which wraps where uint32 would."""
-    keys = (k0, k1, k0 ^ k1 ^ _PARITY)
+    keys = (k0, k1, k0 ^ k1 ^ PARITY)
     x0 = k0
     x1 = x1 + k1
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
+        for rotation in ROTATIONS[group % 2]:
             x0 = x0 + x1
             # int32 shifts right arithmetically: the mask makes the shift logical.
             x1 = (x1 << rotation) | ((x1 >> (32 - rotation)) & ((1 << rotation) - 1))
@@ -231,9 +233,7 @@ def _mantissas(xp: Any, key: Array, shape: tuple[int, ...], precision: Precision
     """The mantissa bits of each element, int32 in [0, 2**m), along one last axis."""
     if precision not in MANTISSA_BITS:
         raise ValueError(f"`precision` must be one of {', '.join(map(repr, MANTISSA_BITS))}, got {precision!r}")
-    # A float is filled from as many bits as it is wide: the top 23 of 32, the top 7 of 8, the top 10 of 16.
-    shift = {"float32": 9, "bfloat16": 1, "float16": 6}[precision]
-    return (_signed_bits(xp, key, shape) >> shift) & ((1 << MANTISSA_BITS[precision]) - 1)
+    return (_signed_bits(xp, key, shape) >> MANTISSA_SHIFTS[precision]) & ((1 << MANTISSA_BITS[precision]) - 1)
 
 
 def _uniform_of(xp: Any, k: Array, mantissa_bits: int) -> Array:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
+from eggroll import prng
+
 __all__ = ["Draws", "fold_in", "key_words", "parted", "random_bits", "split"]
 
 Array = jax.Array
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = np.uint32(0x1BD11BDA)
 # Elements of a block: two of the widest vectors that a CPU has.
 _BLOCK = 32
 
@@ -133,10 +133,10 @@ def _derived(k0: Array, k1: Array, low: Array) -> Array:
 @jax.jit
 def _rounds(k0: Array, k1: Array, low: Array) -> tuple[Array, Array]:
     """Twenty rounds on the counters ``(0, low)``; everything broadcasts. Jitted so that it is traced once."""
-    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    schedule = (k0, k1, k0 ^ k1 ^ np.uint32(prng.PARITY))
     x0, x1 = k0, low + k1
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
+        for rotation in prng.ROTATIONS[group % 2]:
             x0 = x0 + x1
             x1 = x0 ^ ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation)))
         x0 = x0 + schedule[(group + 1) % 3]

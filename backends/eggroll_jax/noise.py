@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from eggroll.prng import MANTISSA_BITS, SQRT2, Precision, round_to
+from eggroll.prng import MANTISSA_BITS, MANTISSA_SHIFTS, SQRT2, Precision, round_to
 
 from .keys import Draws, parted, random_bits
 
@@ -59,8 +59,7 @@ def _normal(bits: Array, precision: Precision) -> Array:
         return np.float32(SQRT2) * lax.erf_inv(u)
     # The reference draws 16-bit floats from the low 8 or 16 bits and rounds erfinv and the product to the dtype.
     mantissa_bits = MANTISSA_BITS[precision]
-    shift = {"bfloat16": 1, "float16": 6}[precision]
-    k = ((bits >> np.uint32(shift)) & np.uint32(2**mantissa_bits - 1)).astype(np.int32)
+    k = ((bits >> np.uint32(MANTISSA_SHIFTS[precision])) & np.uint32(2**mantissa_bits - 1)).astype(np.int32)
     scale = 2 ** (mantissa_bits + 1)
     u = (4 * k + (1 - scale)).astype(np.float32) * np.float32(1 / scale)
     sqrt2 = round_to(np.asarray([SQRT2], dtype=np.float32), precision)[0]

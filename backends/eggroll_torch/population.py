@@ -70,6 +70,9 @@ class Population:
         torch.Size([8, 5, 2])
         >>> population(torch.zeros(8, 5, 3), per_member=True).shape
         torch.Size([8, 5, 2])
+        >>> scores = torch.empty(len(population))
+        >>> for part in population.chunks(4):
+        ...     scores[part.members.start : part.members.stop] = -part(torch.ones(3)).square().sum(dim=1)
     """
 
     def __init__(
@@ -141,18 +144,9 @@ class Population:
     def chunks(self, size: int) -> Iterator["Population"]:
         """The population in parts of at most `size` members, rounded up to whole antithetic pairs.
 
-        Scoring part by part keeps memory independent of the population. Write the scores into one tensor: single ones
-        that are kept lie between the activations of parts, and on a CPU the allocator can then not use those again.
-
-        Example:
-            >>> import torch
-            >>> from eggroll.torch import EGGROLLTrainer
-            >>> model = torch.nn.Linear(3, 2)
-            >>> trainer = EGGROLLTrainer(model.parameters(), model=model, population_size=8, seed=0)
-            >>> population = trainer.ask()
-            >>> scores = torch.empty(len(population))
-            >>> for part in population.chunks(4):
-            ...     scores[part.members.start : part.members.stop] = -part(torch.ones(3)).square().sum(dim=1)
+        Scoring part by part keeps memory independent of the population. Write the scores into one tensor, as the
+        class's example does: single ones that are kept lie between the activations of parts, and on a CPU the
+        allocator can then not use those again.
         """
         for members in chunk_ranges(self._members, as_int("size", size, 1), self.weights.members_per_draw):
             part = Population(self._model, self.weights, members, self._chunking, self._randomness)

@@ -9,7 +9,6 @@ operations draw elsewhere, and where Numba or Triton cannot be imported.
 """
 
 import functools
-import importlib
 import logging
 import math
 from collections.abc import Sequence
@@ -27,23 +26,22 @@ __all__ = ["Rows", "draw_uniforms", "fold_in"]
 
 _log = logging.getLogger("eggroll")
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
-
 
 @functools.cache
 def _compiled_for_cpu() -> ModuleType | None:
     """`threefry_cpu`, or None where Numba cannot be imported."""
     instead = "PyTorch's operations draw noise on CPUs, several times slower"
     try:
-        importlib.import_module("numba")
+        import numba  # noqa: F401
     except ModuleNotFoundError:
         _log.info("%s: Numba is not installed", instead)
         return None
     except Exception as error:  # whatever it raises beside a NumPy or an LLVM that it does not know
         _log.warning("%s: Numba cannot be imported (%s: %s)", instead, type(error).__name__, error)
         return None
-    return importlib.import_module(".threefry_cpu", __package__)
+    from . import threefry_cpu
+
+    return threefry_cpu
 
 
 def fold_in(keys: Tensor, data: Tensor) -> Tensor:
@@ -151,11 +149,11 @@ def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _block(k0: Tensor, k1: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """Threefry-2x32-20 of the counter ``(0, x1 - k1)``; overwrites `x1`. int32 wraps where uint32 would."""
-    keys = (k0, k1, (k0 ^ k1).bitwise_xor_(_PARITY))
+    keys = (k0, k1, (k0 ^ k1).bitwise_xor_(prng.PARITY))
     x0 = k0.clone()
     scratch = torch.empty_like(x1)
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
+        for rotation in prng.ROTATIONS[group % 2]:
             x0.add_(x1)
             torch.bitwise_right_shift(x1, 32 - rotation, out=scratch)
             # int32 shifts right arithmetically: the mask makes the shift logical.
@@ -172,7 +170,7 @@ def _normals(bits: Tensor, precision: prng.Precision) -> Tensor:
     """Normals from 32 random bits each; overwrites `bits`. See `eggroll.prng.normal`."""
     if precision != "float32":
         mantissa_bits = prng.MANTISSA_BITS[precision]
-        shift = {"bfloat16": 1, "float16": 6}[precision]
+        shift = prng.MANTISSA_SHIFTS[precision]
         table = torch.from_numpy(prng.narrow_normals(precision)).to(bits.device)
         return table[bits.bitwise_right_shift_(shift).bitwise_and_((1 << mantissa_bits) - 1).long()]
     u = bits.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1).to(torch.float32)

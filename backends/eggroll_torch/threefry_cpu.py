@@ -31,7 +31,8 @@ _NORMAL, _BITS, _TABLE = 0, 1, 2
 _NO_TABLE = np.empty(0, np.float32)
 
 _u32, _i32, _f32 = np.uint32, np.int32, np.float32
-_PARITY = _u32(0x1BD11BDA)
+_PARITY = _u32(prng.PARITY)
+_EVEN_ROTATIONS, _ODD_ROTATIONS = prng.ROTATIONS
 # What Numba keeps on disk is stamped with the time of this file alone: touch it when constants of `prng` change.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = map(_f32, prng.ERFINV_CENTRAL)
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8 = map(_f32, prng.ERFINV_TAIL)
@@ -69,8 +70,7 @@ def draw(keys: Tensor, bounds: np.ndarray, kind: Literal["bits"] | prng.Precisio
     if kind == "bits":
         conversion = _BITS
     elif kind != "float32":
-        # The top 7 of 8 bits for bfloat16, the top 10 of 16 for float16.
-        conversion, table, shift = _TABLE, prng.narrow_normals(kind), {"bfloat16": 1, "float16": 6}[kind]
+        conversion, table, shift = _TABLE, prng.narrow_normals(kind), prng.MANTISSA_SHIFTS[kind]
 
     def fill(start: int, stop: int) -> None:
         _fill(words, bounds, start, stop, conversion, table, shift, flat)
@@ -118,14 +118,14 @@ def _round(x0, x1, rotation):
 
 @_inlined
 def _even_group(x0, x1):
-    for rotation in (13, 15, 26, 6):
+    for rotation in _EVEN_ROTATIONS:
         x0, x1 = _round(x0, x1, rotation)
     return x0, x1
 
 
 @_inlined
 def _odd_group(x0, x1):
-    for rotation in (17, 29, 16, 24):
+    for rotation in _ODD_ROTATIONS:
         x0, x1 = _round(x0, x1, rotation)
     return x0, x1
 

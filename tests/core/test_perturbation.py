@@ -152,6 +152,11 @@ def test_bad_generations(xp, lifetime, generation, error, message):
     assert message in str(caught.value)
 
 
+def last_bits(xp) -> int:
+    """By how many ULP one draw may differ between two programs: JAX's compiler vectorises each in its own way."""
+    return 4 if xp.__name__ == "jax.numpy" else 0
+
+
 @pytest.mark.parametrize(
     ("shape", "rank"), [((5, 3), 1), ((5, 3), 9), ((1, 1), 2), ((1, 7), 2), ((0, 3), 1), ((3, 0), 2)]
 )
@@ -162,9 +167,8 @@ def test_factors_are_one_draw_with_the_rows_of_b_first(xp, shape, rank):
     both = to_numpy(compiled(xp, lambda keys: prng.normal(keys, (in_features + out_features, rank)))(keys))
     assert tuple(A.shape) == (3, out_features, rank)
     assert tuple(B.shape) == (3, in_features, rank)
-    # Two programs that a compiler may vectorise differently: the same numbers, not always the same last bit.
-    assert ulp_distance(to_numpy(B), both[:, :in_features]) <= 4
-    assert ulp_distance(to_numpy(A), both[:, in_features:]) <= 4
+    assert ulp_distance(to_numpy(B), both[:, :in_features]) <= last_bits(xp)
+    assert ulp_distance(to_numpy(A), both[:, in_features:]) <= last_bits(xp)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 2), (2, 0, 2)])
@@ -174,7 +178,7 @@ def test_dense_noise_is_one_draw(xp, shape):
     assert tuple(noise.shape) == (3, *shape)
     for draw in range(3):
         single = compiled(xp, lambda key: prng.normal(key, shape))(keys[draw, :])
-        assert ulp_distance(to_numpy(noise)[draw], to_numpy(single)) <= 4
+        assert ulp_distance(to_numpy(noise)[draw], to_numpy(single)) <= last_bits(xp)
 
 
 def test_any_chunk_of_members_draws_the_same(xp):

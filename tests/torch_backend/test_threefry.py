@@ -22,8 +22,7 @@ from eggroll import prng
 from eggroll_torch import threefry
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
-with_numba = pytest.mark.skipif(not HAS_NUMBA, reason="Numba is not installed")
+with_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
 threefry_cpu = threefry._compiled_for_cpu()
 BLOCK = getattr(threefry_cpu, "_BLOCK", 1024)
 SHARE = getattr(threefry_cpu, "_SHARE", 1)

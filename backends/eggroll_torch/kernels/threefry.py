@@ -11,7 +11,7 @@ from eggroll import prng
 
 __all__ = ["block", "fold_in", "key_at", "normal"]
 
-_PARITY = tl.constexpr(prng._PARITY)
+_PARITY = tl.constexpr(prng.PARITY)
 _CENTRAL = tl.constexpr(prng.ERFINV_CENTRAL)
 _TAIL = tl.constexpr(prng.ERFINV_TAIL)
 _SQRT2 = tl.constexpr(prng.SQRT2)
