@@ -59,7 +59,7 @@ def drawn(keys: Tensor, first: int, precision: str) -> Source:
 def launch(kernel: Any, grid: Any, *arguments: Any, device: torch.device, **constants: Any) -> None:
     """Runs a kernel on a device. All launches go through here.
 
-    The compiler must not fuse a multiplication with an addition on its own, see `threefry.normal`.
+    The compiler must not fuse a multiplication with an addition on its own, see `normals.normal_of_bits`.
     """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, enable_fp_fusion=False)

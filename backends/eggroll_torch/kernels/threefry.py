@@ -1,20 +1,15 @@
-"""Threefry-2x32-20 and the normal transform in registers. The definition is `eggroll.prng`.
-
-Integers equal the definition to the bit; normals to a few units in the last place, because the polynomial is
-evaluated with fused multiply-adds here.
-"""
+"""Threefry-2x32-20 in registers, equal to the bit to its definition, `eggroll.prng`."""
 
 import triton
 import triton.language as tl
 
 from eggroll import prng
 
+from .normals import normal_of_bits
+
 __all__ = ["block", "fold_in", "key_at", "normal"]
 
 _PARITY = tl.constexpr(prng.PARITY)
-_CENTRAL = tl.constexpr(prng.ERFINV_CENTRAL)
-_TAIL = tl.constexpr(prng.ERFINV_TAIL)
-_SQRT2 = tl.constexpr(prng.SQRT2)
 
 
 @triton.jit
@@ -59,24 +54,4 @@ def normal(k0, k1, counter, table, PRECISION: tl.constexpr):
     `PRECISION` is that of `eggroll.prng.normal`; for a narrow one `table` points at its normals.
     """
     x0, x1 = block(k0, k1, counter.to(tl.uint32))
-    bits = x0 ^ x1
-    if PRECISION == "float32":
-        # With the mantissa k: f - 1.5 = (k - 2**22) / 2**23, and u = (4 k + 1 - 2**24) / 2**24, both exact.
-        f = ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-        u = tl.fma(f - 1.5, 2.0, 2.0**-24)
-        # Where u is close to 1 the definition has rounded u * u before it subtracts, which shows in the tail: this
-        # must not become a fused multiply-add. `launch` forbids the compiler to make any; those here are explicit.
-        w = -tl.log(1.0 - u * u)
-        x = w - 2.5
-        central = tl.fma(x, _CENTRAL[0], _CENTRAL[1])
-        y = tl.sqrt(w) - 3.0
-        tail = tl.fma(y, _TAIL[0], _TAIL[1])
-        for power in tl.static_range(2, 9):
-            central = tl.fma(central, x, _CENTRAL[power])
-            tail = tl.fma(tail, y, _TAIL[power])
-        drawn = tl.where(w < 5.0, central, tail) * u * _SQRT2
-    elif PRECISION == "bfloat16":
-        drawn = tl.load(table + ((bits >> 1) & 127).to(tl.int32))
-    else:
-        drawn = tl.load(table + ((bits >> 6) & 1023).to(tl.int32))
-    return drawn
+    return normal_of_bits(x0 ^ x1, table, PRECISION)

@@ -37,7 +37,7 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path):
     }
     for kernel in kernels:
         check_that_it_fits(kernel)
-        # LLVM has marked every product and sum as not to be fused, see `threefry.normal`.
+        # LLVM has marked every product and sum as not to be fused, see `normals.normal_of_bits`.
         assert kernel["fusible"] == 0, kernel
     products = [kernel for kernel in kernels if kernel["kernel"] in {"_linear_kernel", "_update_kernel"}]
     narrow = [kernel for kernel in products if any(word in kernel["case"] for word in ("float16", "tf32"))]
