@@ -359,9 +359,9 @@ class Trainer(torch.optim.Optimizer):
     # Helpers.
 
     def _randomness_key(self) -> Tensor:
-        """The key of what is random in this generation besides the noise, int32 on the parameters' device."""
+        """The key of what is random in this generation besides the noise, int32 on the CPU."""
         key = threefry.fold_in(self._base_key.to(torch.int32), torch.tensor(_RANDOMNESS, dtype=torch.int32))
-        return threefry.fold_in(key, torch.tensor(self.generation, dtype=torch.int32)).to(self.device)
+        return threefry.fold_in(key, torch.tensor(self.generation, dtype=torch.int32))
 
     def _parameters_changed(self) -> None:
         """Called when the trained parameters or the key are others than before."""

@@ -90,7 +90,7 @@ class Rows:
             counters = [torch.arange(length, dtype=torch.int32, device=device) for length in lengths]
             self._counter = torch.cat(counters or [torch.empty(0, dtype=torch.int32, device=device)])
             key_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-            self._key_of = key_of.to(device, torch.int32)
+            self._key_of = key_of.to(device, torch.int32, non_blocking=True)
 
     @property
     def length(self) -> int:

@@ -32,11 +32,10 @@ def direction(
     """
     totals: dict[str, Tensor] = {}
     chunks = list(chunks)
+    weights = weights.to(source.device, non_blocking=weights.device.type == "cpu")
     for place, members in enumerate(chunks):
         chunk = source.chunk(members)
-        coefficients = weights_of_draws(
-            weights[members.start : members.stop].to(chunk.signs.device), chunk.signs, source.config
-        )
+        coefficients = weights_of_draws(weights[members.start : members.stop], chunk.signs, source.config)
         for parameter in source.parameters:
             if place == 0:
                 totals[parameter.name] = _new_total(source, parameter, alone=len(chunks) == 1)
