@@ -14,6 +14,7 @@ __all__ = ["EggrollConfig"]
 SHAPINGS = ("zscore", "group_zscore", "centered_rank", "sign", "baseline", "raw")
 GRADIENT_SCALES = ("reference", "unbiased")
 NOISE_DTYPES = ("float32", "param")
+RNGS = ("threefry", "philox")
 
 FitnessShaping = str | Callable[[Any], Any]
 
@@ -81,6 +82,8 @@ class EggrollConfig:
             ``-mean(w * E) / sigma**2``, the evolution strategies estimate of the gradient.
         noise_dtype: ``"float32"`` draws in float32 and casts; ``"param"`` draws in the parameter's own dtype,
             as the reference does, with the fewer distinct values that a narrow dtype has.
+        rng: what the noise is drawn with, ``"threefry"`` as in the reference and in `jax.random`, or ``"philox"``,
+            which costs a GPU less. Keys, and what is random in a model, stay with Threefry. See `eggroll.prng`.
 
     Raises:
         TypeError, ValueError: an argument breaks its rule; the message names argument, rule and value.
@@ -104,6 +107,7 @@ class EggrollConfig:
     freeze_nonlora: bool = False
     gradient_scale: Literal["reference", "unbiased"] = "reference"
     noise_dtype: Literal["float32", "param"] = "float32"
+    rng: Literal["threefry", "philox"] = "threefry"
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -121,6 +125,7 @@ class EggrollConfig:
         as_bool("freeze_nonlora", self.freeze_nonlora)
         as_choice("gradient_scale", self.gradient_scale, GRADIENT_SCALES)
         as_choice("noise_dtype", self.noise_dtype, NOISE_DTYPES)
+        as_choice("rng", self.rng, RNGS)
         self._check_population()
 
     def _check_population(self) -> None:

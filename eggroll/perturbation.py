@@ -22,11 +22,14 @@ from . import prng
 from .config import EggrollConfig, as_int
 
 __all__ = [
+    "Draw",
     "LowRank",
     "canonical_order",
     "dense_noise",
     "draw_keys",
     "draws_and_signs",
+    "factors_of",
+    "low_rank_draws",
     "low_rank_noise",
     "member_parameter",
     "noise_precision",
@@ -134,33 +137,75 @@ def draw_keys(parameter_key: Array, generation: Any, draws: Array, config: Eggro
     return prng.fold_in(generation_key, xp.reshape(draws, (-1,) + (1,) * stack))
 
 
-def low_rank_noise(keys: Array, shape: Sequence[int], rank: int, precision: prng.Precision = "float32") -> LowRank:
-    """The factors of some draws of a matrix parameter, from one draw of shape ``(in + out, rank)`` for each key.
+class Draw(NamedTuple):
+    """One array that is drawn from a key."""
 
-    The first ``in_features`` rows of a draw are ``B``, the rest ``A``.
+    shape: tuple[int, ...]
+    stream: int = 0
+    """Which of a key's draws, see `eggroll.prng.bits`."""
+
+
+def low_rank_draws(shape: Sequence[int], rank: int, rng: prng.Rng = "threefry") -> tuple[Draw, ...]:
+    """What is drawn from a key for the factors of a matrix; `factors_of` makes them of it.
+
+    Threefry draws both as one array, ``(in_features + out_features, rank)``, as the reference does. Philox draws
+    ``B.T`` and ``A.T``, each from its own stream: the four numbers of a block are neighbouring features whatever the
+    rank is, which is how a kernel that draws a tile of a factor wants them.
+
+    Args:
+        shape: ``(out_features, in_features)``.
+        rank: columns of each factor.
+        rng: the generator.
+    """
+    out_features, in_features = shape
+    if rng == "philox":
+        return Draw((rank, in_features), 0), Draw((rank, out_features), 1)
+    return (Draw((in_features + out_features, rank)),)
+
+
+def factors_of(drawn: Sequence[Array], in_features: int) -> LowRank:
+    """The factors from what was drawn for them, arrays of shapes ``(..., *draw.shape)``, see `low_rank_draws`."""
+    if len(drawn) == 2:
+        B, A = (array_api_compat.array_namespace(factor).matrix_transpose(factor) for factor in drawn)
+        return LowRank(A=A, B=B)
+    (both,) = drawn
+    return LowRank(A=both[..., in_features:, :], B=both[..., :in_features, :])
+
+
+def low_rank_noise(
+    keys: Array, shape: Sequence[int], rank: int, precision: prng.Precision = "float32", rng: prng.Rng = "threefry"
+) -> LowRank:
+    """The factors of some draws of a matrix parameter; `low_rank_draws` says which numbers they are.
 
     Args:
         keys: uint32, shape ``(n, *stack, 2)``, from `draw_keys`.
         shape: ``(out_features, in_features)`` of one layer: the lengths of the parameter's last two axes.
         rank: columns of each factor.
         precision: the dtype to draw in.
+        rng: the generator.
     """
-    out_features, in_features = shape
-    both = prng.normal(keys, (in_features + out_features, rank), precision)
-    return LowRank(A=both[..., in_features:, :], B=both[..., :in_features, :])
+    draws = low_rank_draws(shape, rank, rng)
+    drawn = [prng.normal(keys, draw.shape, precision, rng=rng, stream=draw.stream) for draw in draws]
+    return factors_of(drawn, shape[1])
 
 
-def dense_noise(keys: Array, shape: Sequence[int], precision: prng.Precision = "float32") -> Array:
-    """The full noise of some draws of any parameter.
+def dense_noise(
+    keys: Array, shape: Sequence[int], precision: prng.Precision = "float32", rng: prng.Rng = "threefry"
+) -> Array:
+    """The full noise of some draws of any parameter, drawn as one vector, whatever the shape.
 
     Args:
         keys: uint32, shape ``(n, *stack, 2)``, from `draw_keys`.
         shape: of one layer.
+        precision: the dtype to draw in.
+        rng: the generator.
 
     Returns:
         float32, shape ``(n, *stack, *shape)``, standard normal.
     """
-    return prng.normal(keys, tuple(shape), precision)
+    xp = array_api_compat.array_namespace(keys)
+    flat = prng.normal(keys, (math.prod(shape),), precision, rng=rng)
+    return xp.reshape(flat, (*flat.shape[:-1], *shape))
 
 
 def noise_precision(config: EggrollConfig, dtype: str) -> prng.Precision:
@@ -205,8 +250,8 @@ def member_parameter(
     keys = draw_keys(stacked_keys(parameter_key, parameter.shape[:stack_axes]), generation, draws, config)
     precision = noise_precision(config, str(parameter.dtype).rpartition(".")[2])
     if low_rank:
-        A, B = low_rank_noise(keys, shape, config.rank, precision)
+        A, B = low_rank_noise(keys, shape, config.rank, precision, config.rng)
         noise = xp.matmul(A, xp.matrix_transpose(B)) / math.sqrt(config.rank)
     else:
-        noise = dense_noise(keys, shape, precision)
+        noise = dense_noise(keys, shape, precision, config.rng)
     return parameter + xp.astype(signs[0] * config.sigma * noise[0, ...], parameter.dtype)

@@ -1,13 +1,18 @@
-"""Threefry-2x32 with 20 rounds: the same integers on every array library.
+"""Keys, and the numbers drawn from them: the same integers on every array library.
 
-The generator is that of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11). Keys,
-counters and floats are laid out as `jax.random` lays them out with ``jax_threefry_partitionable=True``, so a key and
-a shape give the same numbers here and there. This module is the definition; backends bring faster versions that
-equal it.
+Keys are derived by Threefry-2x32 with 20 rounds, and so are the numbers, unless `rng` says otherwise. The generator
+is that of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11). Keys, counters and
+floats are laid out as `jax.random` lays them out with ``jax_threefry_partitionable=True``, so a key and a shape give
+the same numbers here and there. This module is the definition; backends bring faster versions that equal it.
 
 A *key* is an array of two uint32 words. Functions take a single key, shape ``(2,)``, or an array of keys, shape
 ``(..., 2)``, and put the leading axes of the keys before those of what is drawn. The array library and the device
 are those of the key.
+
+With ``rng="philox"`` the same key is one of Philox-4x32-10 (`eggroll.philox`), whose blocks hold four numbers. In a
+draw of shape ``(..., n)`` they are four neighbours along the last axis: the element with the index ``j`` there, and
+``row`` along the other axes taken as one, is word ``j % 4`` of the block at the counter ``(j // 4, row, stream, 0)``.
+Streams tell several draws from one key apart.
 """
 
 import functools
@@ -17,12 +22,14 @@ from typing import Any, Literal
 import array_api_compat
 import numpy as np
 
-from .config import as_int
+from . import philox
+from .config import RNGS, as_choice, as_int
 
 __all__ = ["bits", "fold_in", "key", "key_from_words", "normal", "split", "uniform"]
 
 Array = Any
 Precision = Literal["float32", "bfloat16", "float16"]
+Rng = Literal["threefry", "philox"]
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
@@ -131,21 +138,32 @@ def split(key: Array, n: int) -> Array:
     return _unsigned(xp, xp.stack([x0, x1], axis=-1))
 
 
-def bits(key: Array, shape: tuple[int, ...]) -> Array:
-    """32 random bits for each element: the two words of its block, exclusive-ored.
+def bits(key: Array, shape: tuple[int, ...], *, rng: Rng = "threefry", stream: int = 0) -> Array:
+    """32 random bits for each element: the two words of its Threefry block, exclusive-ored, or a word of Philox's.
 
     Args:
         key: uint32, shape ``(..., 2)``.
         shape: of one draw, with fewer than 2**31 elements.
+        rng: the generator, ``"threefry"`` or ``"philox"``.
+        stream: which of a key's Philox draws, an int in [0, 2**31); Threefry has none but 0.
 
     Returns:
         uint32, shape ``(..., *shape)``.
+
+    Raises:
+        ValueError: `key`, `shape`, `rng` or `stream` breaks its rule.
+
+    Example:
+        >>> bits(key(0), (4,), rng="philox")
+        array([1713891541, 3781805453, 3159862348, 2600524760], dtype=uint32)
     """
     xp = array_api_compat.array_namespace(key)
-    return xp.reshape(_unsigned(xp, _signed_bits(xp, key, shape)), (*key.shape[:-1], *shape))
+    return xp.reshape(_unsigned(xp, _signed_bits(xp, key, shape, rng, stream)), (*key.shape[:-1], *shape))
 
 
-def uniform(key: Array, shape: tuple[int, ...], precision: Precision = "float32") -> Array:
+def uniform(
+    key: Array, shape: tuple[int, ...], precision: Precision = "float32", *, rng: Rng = "threefry", stream: int = 0
+) -> Array:
     """Uniform numbers on (-1, 1): odd multiples of ``2**-(m + 1)``, where the precision has `m` mantissa bits.
 
     With ``k`` the `m` bits of a draw this is ``(4 k + 1 - 2**(m + 1)) / 2**(m + 1)``. It equals, to the bit, what
@@ -156,16 +174,19 @@ def uniform(key: Array, shape: tuple[int, ...], precision: Precision = "float32"
         key: uint32, shape ``(..., 2)``.
         shape: of one draw, with fewer than 2**31 elements.
         precision: how fine the numbers are; ``"bfloat16"`` has 128 values, ``"float16"`` 1024.
+        rng, stream: see `bits`.
 
     Returns:
         float32, shape ``(..., *shape)``; every value is representable in `precision`.
     """
     xp = array_api_compat.array_namespace(key)
-    drawn = _uniform_of(xp, _mantissas(xp, key, shape, precision), MANTISSA_BITS[precision])
+    drawn = _uniform_of(xp, _mantissas(xp, key, shape, precision, rng, stream), MANTISSA_BITS[precision])
     return xp.reshape(drawn, (*key.shape[:-1], *shape))
 
 
-def normal(key: Array, shape: tuple[int, ...], precision: Precision = "float32") -> Array:
+def normal(
+    key: Array, shape: tuple[int, ...], precision: Precision = "float32", *, rng: Rng = "threefry", stream: int = 0
+) -> Array:
     """Standard normal numbers, ``sqrt(2) * erfinv(u)`` with Giles' single-precision polynomial.
 
     Args:
@@ -173,12 +194,13 @@ def normal(key: Array, shape: tuple[int, ...], precision: Precision = "float32")
         shape: of one draw, with fewer than 2**31 elements.
         precision: ``"float32"``, or the dtype in which the reference would draw. A narrow one rounds erfinv and
             the product to that dtype, so it has few distinct values (128 in bfloat16) and light tails.
+        rng, stream: see `bits`.
 
     Returns:
         float32, shape ``(..., *shape)``; every value is representable in `precision`.
     """
     xp = array_api_compat.array_namespace(key)
-    k = _mantissas(xp, key, shape, precision)
+    k = _mantissas(xp, key, shape, precision, rng, stream)
     if precision == "float32":
         drawn = _erfinv(xp, _uniform_of(xp, k, 23)) * SQRT2
     else:
@@ -217,23 +239,45 @@ def _words(xp: Any, key: Array) -> tuple[Array, Array]:
 
 
 def _counter(xp: Any, n: int, device: Any) -> Array:
+    return xp.arange(_checked_size(n), dtype=xp.int32, device=device)
+
+
+def _checked_size(n: int) -> int:
     if not 0 <= n < 2**31:
         raise ValueError(f"one draw must have between 0 and 2**31 - 1 elements, got {n}")
-    return xp.arange(n, dtype=xp.int32, device=device)
+    return n
 
 
-def _signed_bits(xp: Any, key: Array, shape: tuple[int, ...]) -> Array:
+def _signed_bits(xp: Any, key: Array, shape: tuple[int, ...], rng: Rng, stream: int) -> Array:
     """The bits as int32, the elements of a draw along one last axis: NumPy 1 would widen those of shape ``()``."""
     k0, k1 = _words(xp, key)
+    if as_choice("rng", rng, RNGS) == "philox":
+        return _philox_bits(xp, k0, k1, shape, stream)
+    if as_int("stream", stream, 0):
+        raise ValueError(f"`stream` must be 0 with `rng` 'threefry', got {stream}")
     y0, y1 = _block(k0, k1, _counter(xp, math.prod(shape), array_api_compat.device(key)))
     return y0 ^ y1
 
 
-def _mantissas(xp: Any, key: Array, shape: tuple[int, ...], precision: Precision) -> Array:
+def _philox_bits(xp: Any, k0: Array, k1: Array, shape: tuple[int, ...], stream: int) -> Array:
+    if as_int("stream", stream, 0) >= 2**31:
+        raise ValueError(f"`stream` must be below 2**31, got {stream}")
+    size, device = _checked_size(math.prod(shape)), array_api_compat.device(k0)
+    columns, rows = shape[-1] if shape else 1, math.prod(shape[:-1])
+    blocks = -(-columns // 4)
+    row = _counter(xp, rows, device)[:, None]
+    fixed = (xp.asarray([[word]], dtype=xp.int32, device=device) for word in (stream, 0))
+    words = philox.block(k0[..., None], k1[..., None], _counter(xp, blocks, device), row, *fixed)
+    by_row = xp.reshape(xp.stack(words, axis=-1), (*k0.shape[:-1], rows, 4 * blocks))
+    return xp.reshape(by_row[..., :columns], (*k0.shape[:-1], size))
+
+
+def _mantissas(xp: Any, key: Array, shape: tuple[int, ...], precision: Precision, rng: Rng, stream: int) -> Array:
     """The mantissa bits of each element, int32 in [0, 2**m), along one last axis."""
     if precision not in MANTISSA_BITS:
         raise ValueError(f"`precision` must be one of {', '.join(map(repr, MANTISSA_BITS))}, got {precision!r}")
-    return (_signed_bits(xp, key, shape) >> MANTISSA_SHIFTS[precision]) & ((1 << MANTISSA_BITS[precision]) - 1)
+    drawn = _signed_bits(xp, key, shape, rng, stream)
+    return (drawn >> MANTISSA_SHIFTS[precision]) & ((1 << MANTISSA_BITS[precision]) - 1)
 
 
 def _uniform_of(xp: Any, k: Array, mantissa_bits: int) -> Array:

@@ -156,9 +156,10 @@ def direction(
         coefficients = xp.astype(weights_of_draws(weights[start:stop], signs, config), xp.float32)
         chunk_keys = draw_keys(keys, generation, draws[:: 2 if config.antithetic else 1], config)
         if low_rank:
-            total = total + low_rank_sum(coefficients, low_rank_noise(chunk_keys, layer, config.rank, precision))
+            factors = low_rank_noise(chunk_keys, layer, config.rank, precision, config.rng)
+            total = total + low_rank_sum(coefficients, factors)
         else:
-            total = total + dense_sum(coefficients, dense_noise(chunk_keys, layer, precision))
+            total = total + dense_sum(coefficients, dense_noise(chunk_keys, layer, precision, config.rng))
     # NumPy 1 widens a number of shape () that is multiplied with a float.
     return xp.astype(total * direction_scale(config, low_rank=low_rank), xp.float32)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from eggroll import EggrollConfig
 from eggroll.config import as_int
-from eggroll.perturbation import noise_precision
+from eggroll.perturbation import factors_of, low_rank_draws, noise_precision
 
 from .keys import Draws, fold_in, key_words, split
 from .layout import Leaf, Plan
@@ -68,23 +68,26 @@ def draw(chosen: Plan, keys: Array, config: EggrollConfig) -> list[Any]:
             places.setdefault(noise_precision(config, str(jnp.dtype(leaf.dtype))), []).append(place)
     noise: list[Any] = [None] * len(chosen.leaves)
     for precision, group in places.items():
-        own = jnp.concatenate([keys[..., start[place] : start[place + 1], :] for place in group], axis=-2)
-        sizes = [Draws(chosen.leaves[place].layers, _elements(chosen.leaves[place], config)) for place in group]
-        for place, numbers in zip(group, normals(own, sizes, precision), strict=True):
-            noise[place] = _shaped(chosen.leaves[place], numbers, lead, config)
+        wanted = [(place, own) for place in group for own in _draws(chosen.leaves[place], config)]
+        own_keys = jnp.concatenate([keys[..., start[place] : start[place + 1], :] for place, _ in wanted], axis=-2)
+        drawn = iter(normals(own_keys, [own for _, own in wanted], precision, config.rng))
+        for place in group:
+            leaf = chosen.leaves[place]
+            noise[place] = _shaped(leaf, [next(drawn) for _ in _draws(leaf, config)], lead)
     return noise
 
 
-def _elements(leaf: Leaf, config: EggrollConfig) -> int:
-    """How many numbers one layer takes."""
+def _draws(leaf: Leaf, config: EggrollConfig) -> list[Draws]:
+    """What a leaf takes from the keys of its layers."""
     if leaf.kind == "low_rank":
-        return sum(leaf.layer_shape) * config.rank
-    return math.prod(leaf.layer_shape)
+        own = low_rank_draws(leaf.layer_shape, config.rank, config.rng)
+        return [Draws(leaf.layers, *draw) for draw in own]
+    return [Draws(leaf.layers, (math.prod(leaf.layer_shape),))]
 
 
-def _shaped(leaf: Leaf, numbers: Array, lead: tuple[int, ...], config: EggrollConfig) -> Any:
+def _shaped(leaf: Leaf, drawn: list[Array], lead: tuple[int, ...]) -> Any:
     if leaf.kind == "dense":
-        return numbers.reshape(*lead, *leaf.shape)
-    rows, columns = leaf.layer_shape
-    both = numbers.reshape(*lead, *leaf.stack_shape, columns + rows, config.rank)
-    return both[..., columns:, :], both[..., :columns, :]
+        return drawn[0].reshape(*lead, *leaf.shape)
+    _, columns = leaf.layer_shape
+    by_layer = [part.reshape(*lead, *leaf.stack_shape, *part.shape[-2:]) for part in drawn]
+    return tuple(factors_of(by_layer, columns))

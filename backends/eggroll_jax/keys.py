@@ -1,4 +1,4 @@
-"""Threefry-2x32 for JAX: what `eggroll.prng` defines, whatever the user's flags are.
+"""Keys and random bits for JAX: what `eggroll.prng` defines, whatever the user's flags are.
 
 What `jax.random` draws depends on ``jax_threefry_partitionable``; its primitive does not, so keys are derived with
 that. On CPU, though, the primitive is a loop that nothing fuses with, which is right for a few keys and slow for
@@ -6,6 +6,7 @@ many numbers: bits are drawn by the rounds written out, one pass over the output
 floats.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from jax.extend.random import threefry2x32_p
 
 from eggroll import prng
 
+from . import philox
+
 __all__ = ["Draws", "fold_in", "key_words", "parted", "random_bits", "split"]
 
 Array = jax.Array
@@ -25,12 +28,14 @@ _BLOCK = 32
 
 
 class Draws(NamedTuple):
-    """Draws of one size from keys that follow each other."""
+    """Draws of one shape from keys that follow each other."""
 
     keys: int
     """How many."""
-    size: int
-    """Elements drawn from each."""
+    shape: tuple[int, ...]
+    """Of what is drawn from each."""
+    stream: int = 0
+    """See `eggroll.prng.bits`."""
 
 
 def key_words(key: Any) -> Array:
@@ -85,41 +90,63 @@ def split(key: Array, n: int) -> Array:
     return _derived(key[..., :1], key[..., 1:], counter)
 
 
-def random_bits(keys: Array, draws: Sequence[Draws]) -> Array:
+def random_bits(keys: Array, draws: Sequence[Draws], rng: prng.Rng = "threefry") -> Array:
     """32 random bits for each element of several draws at once, as `eggroll.prng.bits` gives each of them.
 
     One kernel for all the parameters of a model: the rounds written out take a compiler long enough to be compiled
-    once only. Every draw is filled up to whole blocks, and the elements of a block share a key: a kernel that looked
-    the key up for each element could not be vectorised.
+    once only. A run of elements that are counted from 0, the draw of a key or with Philox a row of it, is filled up
+    to whole blocks, and the elements of a block share a key: a kernel that looked the key up for each element could
+    not be vectorised.
 
     Args:
         keys: uint32, shape ``(..., keys, 2)``.
         draws: what is drawn from the keys in turn; whose numbers of keys add up to theirs.
+        rng: the generator.
 
     Returns:
         uint32, shape ``(..., blocks, elements of a block)``, which `parted` takes apart.
     """
-    elements = sum(count * size for count, size in draws)
+    elements = sum(draw.keys * math.prod(draw.shape) for draw in draws)
     if elements >= 2**31:
         raise ValueError(f"one draw must have fewer than 2**31 elements, got {elements}")
-    blocks = np.repeat([-(-size // _BLOCK) for _, size in draws], [count for count, _ in draws])
-    of_block = np.repeat(np.arange(len(blocks)), blocks)
-    first = np.concatenate([np.arange(number) for number in blocks]) * _BLOCK
-    words = keys.at[..., of_block, :].get(mode="promise_in_bounds")[..., None]
-    counter = first.astype(np.uint32)[:, None] + jnp.arange(_BLOCK, dtype=np.uint32)
-    y0, y1 = _rounds(words[..., 0, :], words[..., 1, :], counter)
+    of_key, row, stream, first = _places(draws, rng)
+    words = keys.at[..., of_key, :].get(mode="promise_in_bounds")[..., None]
+    counter = first[:, None] + jnp.arange(_BLOCK, dtype=np.uint32)
+    k0, k1 = words[..., 0, :], words[..., 1, :]
+    if rng == "philox":
+        return philox.bits(k0, k1, counter, row[:, None], stream[:, None])
+    y0, y1 = _rounds(k0, k1, counter)
     return y0 ^ y1
 
 
-def parted(blocks: Array, draws: Sequence[Draws]) -> list[Array]:
-    """What was drawn in blocks: for each entry of `draws`, shape ``(..., number of keys, size)``."""
-    parts, end = [], 0
-    for count, size in draws:
+def parted(blocks: Array, draws: Sequence[Draws], rng: prng.Rng = "threefry") -> list[Array]:
+    """What was drawn in blocks: for each entry of `draws`, shape ``(..., number of keys, *shape)``."""
+    parts, end, lead = [], 0, blocks.shape[:-2]
+    for draw in draws:
+        runs, size = _runs(draw, rng)
         length = -(-size // _BLOCK)
-        begin, end = end, end + count * length
-        whole = blocks[..., begin:end, :].reshape(*blocks.shape[:-2], count, length * _BLOCK)
-        parts.append(whole[..., :size])
+        begin, end = end, end + draw.keys * runs * length
+        whole = blocks[..., begin:end, :].reshape(*lead, draw.keys, runs, length * _BLOCK)
+        parts.append(whole[..., :size].reshape(*lead, draw.keys, *draw.shape))
     return parts
+
+
+def _runs(draw: Draws, rng: prng.Rng) -> tuple[int, int]:
+    """How many runs of elements, counted from 0, one key's draw consists of, and how long each is."""
+    if rng == "philox" and draw.shape:
+        return math.prod(draw.shape[:-1]), draw.shape[-1]
+    return 1, math.prod(draw.shape)
+
+
+def _places(draws: Sequence[Draws], rng: prng.Rng) -> np.ndarray:
+    """Of every block whose key's it is, its row and stream, and its first element: uint32, shape ``(4, blocks)``."""
+    places, keys = [np.empty((4, 0), np.uint32)], 0
+    for draw in draws:
+        runs, size = _runs(draw, rng)
+        key, row, block = np.indices((draw.keys, runs, -(-size // _BLOCK)), np.uint32).reshape(3, -1)
+        places.append(np.stack([keys + key, row, np.full_like(row, draw.stream), block * _BLOCK]).astype(np.uint32))
+        keys += draw.keys
+    return np.concatenate(places, axis=1)
 
 
 @jax.jit

@@ -1,6 +1,5 @@
 """Normal numbers from keys, equal to the core's `eggroll.prng.normal` to 4 ULP, fused with the draw of their bits."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from eggroll.prng import MANTISSA_BITS, MANTISSA_SHIFTS, SQRT2, Precision, round_to
+from eggroll.prng import MANTISSA_BITS, MANTISSA_SHIFTS, SQRT2, Precision, Rng, round_to
 
 from .keys import Draws, parted, random_bits
 
@@ -17,32 +16,35 @@ __all__ = ["normal", "normals", "uniform01"]
 Array = jax.Array
 
 
-def normals(keys: Array, draws: Sequence[Draws], precision: Precision = "float32") -> list[Array]:
+def normals(
+    keys: Array, draws: Sequence[Draws], precision: Precision = "float32", rng: Rng = "threefry"
+) -> list[Array]:
     """Standard normal numbers of several draws at once.
 
     Args:
         keys: uint32, shape ``(..., keys, 2)``.
         draws: what is drawn from the keys in turn.
         precision: the dtype to draw in, see `eggroll.prng.normal`.
+        rng: the generator.
 
     Returns:
-        For each entry of `draws` float32, shape ``(..., number of keys, size)``.
+        For each entry of `draws` float32, shape ``(..., number of keys, *shape)``.
     """
     # XLA repeats cheap producers in each consumer, and takes twenty rounds of integer arithmetic for cheap; on CPU it
     # drops `optimization_barrier` before that. It never repeats a division, so divide by a 1 that it cannot foresee.
-    numbers = _normal(random_bits(keys, draws), precision)
-    return parted(numbers / (np.float32(1) + np.float32(0) * numbers), draws)
+    numbers = _normal(random_bits(keys, draws, rng), precision)
+    return parted(numbers / (np.float32(1) + np.float32(0) * numbers), draws, rng)
 
 
 def normal(keys: Array, shape: Sequence[int], precision: Precision = "float32") -> Array:
     """Standard normal numbers for each key: `keys` of shape ``(..., 2)`` give ``(..., *shape)``, float32."""
-    (drawn,) = normals(keys[..., None, :], [Draws(1, math.prod(shape))], precision)
+    (drawn,) = normals(keys[..., None, :], [Draws(1, tuple(shape))], precision)
     return drawn.reshape(*keys.shape[:-1], *shape)
 
 
 def uniform01(keys: Array, shape: Sequence[int]) -> Array:
     """Uniform float32 numbers on [0, 1) for each key, shape ``(..., *shape)``."""
-    draws = [Draws(1, math.prod(shape))]
+    draws = [Draws(1, tuple(shape))]
     (bits,) = parted(random_bits(keys[..., None, :], draws), draws)
     return _unit(bits >> np.uint32(9)).reshape(*keys.shape[:-1], *shape)
 

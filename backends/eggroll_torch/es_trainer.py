@@ -11,6 +11,7 @@ from eggroll.config import as_positive_float
 from . import threefry
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
 from .chunking import ChunkSize
+from .drawing import Draws, Rows
 from .fitness import Nonfinite
 from .perturbed import Policy
 from .population import MemberWeights, Randomness
@@ -149,7 +150,8 @@ class VanillaESTrainer(ESTrainer):
         )
         keys = threefry.fold_in(generation_key, torch.arange(population_size, dtype=torch.int32))
         size = sum(parameter.numel() for parameter in self._trainable.values())
-        return threefry.Rows([size], self.device).normals(keys.unsqueeze(1).to(self.device))
+        rows = Rows([Draws(1, (size,))], self.device)
+        return rows.normals(keys.unsqueeze(1).to(self.device))[0].squeeze(1)
 
     def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
         shifted = fitnesses - fitnesses[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 from eggroll import EggrollConfig, perturbation, prng
 
 from . import kernels, threefry
+from .drawing import Draws, Rows
 from .parameters import ParameterNoise
 
 __all__ = ["KEPT", "ChunkNoise", "DrawnFactors", "NoiseSource", "StoredFactors"]
@@ -44,12 +45,14 @@ class DrawnFactors:
         keys: int32, shape ``(draws, 2)``.
         rank: columns of each factor.
         precision: the dtype in which it is drawn.
+        rng: what it is drawn with.
         draw: puts it into memory, for operations without such a kernel.
     """
 
     keys: Tensor
     rank: int
     precision: prng.Precision
+    rng: prng.Rng
     draw: Callable[[], StoredFactors]
 
     @property
@@ -222,7 +225,8 @@ class NoiseSource:
             return StoredFactors(noise.A.to(dtype), noise.B.to(dtype))
 
         if self.in_registers(parameter):
-            return DrawnFactors(self.keys(parameter, chunk), parameter.rank, parameter.precision, stored)
+            keys = self.keys(parameter, chunk)
+            return DrawnFactors(keys, parameter.rank, parameter.precision, parameter.rng, stored)
         return stored()
 
     def dense(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
@@ -231,7 +235,8 @@ class NoiseSource:
         if self.in_registers(parameter):
             from .kernels.dense import dense_of_members
 
-            return dense_of_members(weight, self.keys(parameter, chunk), chunk.signs, scale, parameter.precision)
+            keys, how = self.keys(parameter, chunk), (parameter.precision, parameter.rng)
+            return dense_of_members(weight, keys, chunk.signs, scale, *how)
         noise = self.noise(parameter, chunk)
         assert isinstance(noise, Tensor)
         per_draw = noise.shape[0]
@@ -256,7 +261,7 @@ class NoiseSource:
 
 
 class _RowLayout:
-    """Where in a row of noise each parameter's draw lies; every precision has rows of its own.
+    """Where in a row of noise each parameter's draws lie; every precision has rows of its own.
 
     Args:
         parameters: whose noise is in the rows.
@@ -265,42 +270,42 @@ class _RowLayout:
     """
 
     def __init__(self, parameters: Sequence[ParameterNoise], first_key: dict[str, int], device: torch.device):
-        by_precision: dict[prng.Precision, list[ParameterNoise]] = {}
+        by_precision: dict[tuple[prng.Precision, prng.Rng], list[ParameterNoise]] = {}
         for parameter in parameters:
-            by_precision.setdefault(parameter.precision, []).append(parameter)
+            by_precision.setdefault((parameter.precision, parameter.rng), []).append(parameter)
         self._blocks = []
-        for precision, members in by_precision.items():
-            layers = [
-                (p.draw_size // p.layers, first_key[p.name] + layer) for p in members for layer in range(p.layers)
-            ]
-            rows = threefry.Rows([length for length, _ in layers], device)
-            which = torch.tensor([key for _, key in layers]).to(device, non_blocking=True)
+        for (precision, rng), members in by_precision.items():
+            draws = [(parameter, draw) for parameter in members for draw in parameter.draws]
+            rows = Rows([Draws(parameter.layers, *draw) for parameter, draw in draws], device, rng)
+            keys = [first_key[parameter.name] + layer for parameter, _ in draws for layer in range(parameter.layers)]
+            which = torch.tensor(keys).to(device, non_blocking=True)
             self._blocks.append((precision, members, rows, which))
 
     def draw(self, keys: Tensor) -> dict[str, perturbation.LowRank | Tensor]:
         """The noise by parameter name for rows of keys, int32 of shape ``(draws, n_keys, 2)``."""
         noise: dict[str, perturbation.LowRank | Tensor] = {}
         for precision, parameters, rows, which in self._blocks:
-            drawn = rows.normals(keys.index_select(1, which), precision)
-            sizes = [parameter.draw_size for parameter in parameters]
-            for parameter, flat in zip(parameters, torch.split(drawn, sizes, dim=1), strict=True):
-                noise[parameter.name] = _shaped(parameter, flat)
+            drawn = iter(rows.normals(keys.index_select(1, which), precision))
+            for parameter in parameters:
+                noise[parameter.name] = _shaped(parameter, [next(drawn) for _ in parameter.draws])
         return noise
 
 
 def _drawn_alone(parameter: ParameterNoise, keys: Tensor) -> perturbation.LowRank | Tensor:
     """The noise of a parameter that is one layer, from its keys, int32 of shape ``(draws, 2)``."""
-    rows = threefry.Rows([parameter.draw_size], keys.device)
-    return _shaped(parameter, rows.normals(keys.unsqueeze(1), parameter.precision))
+    draws = [Draws(1, *draw) for draw in parameter.draws]
+    drawn = Rows(draws, keys.device, parameter.rng).normals(
+        keys.unsqueeze(1).expand(-1, len(draws), -1), parameter.precision
+    )
+    return _shaped(parameter, drawn)
 
 
-def _shaped(parameter: ParameterNoise, flat: Tensor) -> perturbation.LowRank | Tensor:
-    """A parameter's part of some rows, shape ``(draws, draw_size)``, as dense noise or as factors."""
-    shaped = flat.reshape(len(flat), *parameter.stack, *parameter.draw_shape)
+def _shaped(parameter: ParameterNoise, drawn: Sequence[Tensor]) -> perturbation.LowRank | Tensor:
+    """A parameter's `draws`, each of shape ``(draws, layers, *draw.shape)``, as dense noise or as factors."""
     if parameter.kind == "dense":
-        return shaped
-    in_features = parameter.layer[1]
-    return perturbation.LowRank(A=shaped[..., in_features:, :], B=shaped[..., :in_features, :])
+        return drawn[0].reshape(len(drawn[0]), *parameter.stack, *parameter.layer)
+    by_layer = [part.reshape(len(part), *parameter.stack, *part.shape[2:]) for part in drawn]
+    return perturbation.factors_of(by_layer, parameter.layer[1])
 
 
 def _generation_keys(

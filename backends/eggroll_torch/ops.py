@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, threefry
+from .drawing import draw_uniforms
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
@@ -29,6 +30,7 @@ def perturbed_linear(
     factors: Sequence[Tensor],
     rank: int,
     precision: str,
+    rng: str,
     member: Tensor,
     signs: Tensor,
     scale: float,
@@ -42,7 +44,7 @@ def perturbed_linear(
         factors: `A`, shape ``(draws, out, rank)``, and `B`, ``(draws, in, rank)``; or, for kernels that draw them,
             their keys, int32 of shape ``(draws, 2)``.
         rank: columns of each factor.
-        precision: the dtype to draw in, see `eggroll.prng.normal`.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
         member: int64, shape ``()``, the member's place in the chunk. Under `vmap` over members it is
             ``0 .. members - 1``; draw ``d`` is ``member // (members / draws)``.
         signs: float32, shape ``(members,)``.
@@ -53,18 +55,18 @@ def perturbed_linear(
     """
     rows = x.reshape(1, -1, x.shape[-1])
     *factors, sign = _one_member(*factors, member=member, signs=signs)
-    out = _linear_of_members(rows, weight, bias, factors, rank, precision, sign, scale)
+    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, sign, scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_fake
-def _(x, weight, bias, factors, rank, precision, member, signs, scale):
+def _(x, weight, bias, factors, rank, precision, rng, member, signs, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_vmap
-def _(info, in_dims, x, weight, bias, factors, rank, precision, member, signs, scale):
-    x_dim, _, bias_dim, _, _, _, member_dim, _, _ = in_dims
+def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, signs, scale):
+    x_dim, _, bias_dim, _, _, _, _, member_dim, _, _ = in_dims
     x = _batch_first(x, x_dim)
     bias = _batch_first(bias, bias_dim)
     if member_dim is None:
@@ -72,13 +74,13 @@ def _(info, in_dims, x, weight, bias, factors, rank, precision, member, signs, s
         if x_dim is None:
             x = x.expand(info.batch_size, *x.shape)
         shared = None if bias_dim is not None else bias
-        out = perturbed_linear(x, weight, shared, factors, rank, precision, member, signs, scale)
+        out = perturbed_linear(x, weight, shared, factors, rank, precision, rng, member, signs, scale)
         if bias_dim is not None:
             out = out + bias.view(bias.shape[0], *(1,) * (out.ndim - 2), -1)
         return out, 0
     lead = x.shape[:-1] if x_dim is None else x.shape[1:-1]
     rows = x.reshape(-1, x.shape[-1]) if x_dim is None else x.reshape(x.shape[0], -1, x.shape[-1])
-    out = _linear_of_members(rows, weight, bias, factors, rank, precision, signs, scale)
+    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, signs, scale)
     return out.view(out.shape[0], *lead, weight.shape[0]), 0
 
 
@@ -202,7 +204,7 @@ def member_uniform(key: Tensor, member: Tensor, shape: list[int]) -> Tensor:
         member: int64, shape ``()``.
         shape: of the result.
     """
-    return threefry.draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape)
+    return draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape)
 
 
 @member_uniform.register_fake
@@ -212,7 +214,7 @@ def _(key, member, shape):
 
 @member_uniform.register_vmap
 def _(info, in_dims, key, member, shape):
-    return threefry.draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape), 0
+    return draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape), 0
 
 
 def _linear_of_members(
@@ -222,6 +224,7 @@ def _linear_of_members(
     factors: Sequence[Tensor],
     rank: int,
     precision: str,
+    rng: str,
     signs: Tensor,
     scale: float,
 ) -> Tensor:
@@ -238,7 +241,8 @@ def _linear_of_members(
         from .kernels.linear import linear_of_members, linear_of_members_drawn
 
         if len(factors) == 1:
-            return linear_of_members_drawn(x, weight, bias, factors[0], rank, signs, scale, precision=precision)
+            how = {"precision": precision, "rng": rng}
+            return linear_of_members_drawn(x, weight, bias, factors[0], rank, signs, scale, **how)
         return linear_of_members(x, weight, bias, *factors, signs, scale)
     A, B = factors
     members, (draws, out_features) = signs.shape[0], A.shape[:2]

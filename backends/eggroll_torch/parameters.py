@@ -36,6 +36,7 @@ class ParameterNoise:
         rank: columns of the factors.
         sigma: scale of the perturbation.
         precision: the dtype in which the noise is drawn.
+        rng: what it is drawn with.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParameterNoise:
     rank: int
     sigma: float
     precision: prng.Precision
+    rng: prng.Rng
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
@@ -54,9 +56,11 @@ class ParameterNoise:
         return None if self.kind == "dense" or shape == (*self.stack, *self.layer) else shape
 
     @property
-    def draw_shape(self) -> tuple[int, ...]:
-        """The shape of one layer's draw: ``(in + out, rank)`` for low rank, else the layer itself."""
-        return (sum(self.layer), self.rank) if self.kind == "low_rank" else self.layer
+    def draws(self) -> tuple[perturbation.Draw, ...]:
+        """What is drawn from the key of one layer: for low rank what the factors are made of, else one vector."""
+        if self.kind == "low_rank":
+            return perturbation.low_rank_draws(self.layer, self.rank, self.rng)
+        return (perturbation.Draw((math.prod(self.layer),)),)
 
     @property
     def layers(self) -> int:
@@ -66,7 +70,7 @@ class ParameterNoise:
     @property
     def draw_size(self) -> int:
         """Numbers drawn for one member."""
-        return self.layers * math.prod(self.draw_shape)
+        return self.layers * sum(math.prod(draw.shape) for draw in self.draws)
 
 
 def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Parameter]:
@@ -126,7 +130,7 @@ def describe_parameters(
             continue
         precision = perturbation.noise_precision(config, str(parameter.dtype).removeprefix("torch."))
         rank, sigma = choice.rank or config.rank, choice.sigma or config.sigma
-        described.append(ParameterNoise(name, parameter, kind, stack, layer, rank, sigma, precision))
+        described.append(ParameterNoise(name, parameter, kind, stack, layer, rank, sigma, precision, config.rng))
     return described
 
 

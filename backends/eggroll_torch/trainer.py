@@ -60,6 +60,8 @@ class EGGROLLTrainer(Trainer):
             or a callable from float64 fitness to weights, both of shape ``(population_size,)``.
         gradient_scale: ``"reference"``, or ``"unbiased"`` for the evolution strategies estimate of the gradient.
         noise_dtype: ``"float32"``, or ``"param"`` to draw in each parameter's dtype as the reference does.
+        rng: what draws the noise, ``"threefry"``, or ``"philox"``, which costs a GPU less: another run, not the same
+            one faster. What is random in the model is Threefry's either way.
         optimizer: makes the optimizer, called with parameter groups and ``lr``: a class of `torch.optim` or a
             `functools.partial` of one.
         chunk_size: members that are evaluated at a time; all by default. ``"auto"`` measures the first members and
@@ -113,6 +115,7 @@ class EGGROLLTrainer(Trainer):
         fitness_shaping: str | Callable[[Tensor], Tensor] = "zscore",
         gradient_scale: str = "reference",
         noise_dtype: str = "float32",
+        rng: str = "threefry",
         optimizer: OptimizerFactory = torch.optim.SGD,
         chunk_size: ChunkSize = None,
         nonfinite: Nonfinite = "raise",
@@ -132,6 +135,7 @@ class EGGROLLTrainer(Trainer):
             freeze_nonlora=freeze_nonlora,
             gradient_scale=gradient_scale,  # type: ignore[arg-type]
             noise_dtype=noise_dtype,  # type: ignore[arg-type]
+            rng=rng,  # type: ignore[arg-type]
         )
         self._policy = Policy(strict=as_bool("strict", strict))
         self.unused = as_choice("unused", unused, ("raise", "ignore"))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eggroll import EggrollConfig
-from eggroll.prng import Precision
+from eggroll.prng import Precision, Rng
 
 from .models import Model
 from .trajectory import Replay, Trajectory
@@ -75,16 +75,18 @@ class Backend(ABC):
         """The key of each parameter in a run with the key `key`."""
 
     @abstractmethod
-    def bits(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """uint32, `shape`."""
+    def bits(self, key: np.ndarray, shape: tuple[int, ...], rng: Rng = "threefry") -> np.ndarray:
+        """uint32, `shape`, drawn with the generator `rng`."""
 
     @abstractmethod
     def uniform(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """float32 on (-1, 1), `shape`."""
 
     @abstractmethod
-    def normal(self, key: np.ndarray, shape: tuple[int, ...], precision: Precision) -> np.ndarray:
-        """Standard normal numbers drawn in `precision`, float32, `shape`."""
+    def normal(
+        self, key: np.ndarray, shape: tuple[int, ...], precision: Precision, rng: Rng = "threefry"
+    ) -> np.ndarray:
+        """Standard normal numbers drawn in `precision` with the generator `rng`, float32, `shape`."""
 
     @abstractmethod
     def noise(

@@ -46,6 +46,8 @@ def ours() -> Api:
 
 def run(api: Api, trajectory: Trajectory) -> RecordedRun:
     """A training run, as a recording of it would have it."""
+    if trajectory.rng != "threefry":
+        raise InexpressibleError(f"the reference draws with Threefry, not with {trajectory.rng!r}")
     noiser = _noiser(api, trajectory)
     members = trajectory.population_size
     dtype = jnp.dtype(trajectory.dtype)

@@ -61,19 +61,23 @@ class JaxBackend(Backend):
         keys = self._run(lambda key: eggroll_jax.keys.split(key, chosen.parameters), key)
         return {leaf.path: keys[leaf.index] for leaf in chosen.leaves}
 
-    def bits(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        draws = [eggroll_jax.keys.Draws(1, int(np.prod(shape)))]
+    def bits(self, key: np.ndarray, shape: tuple[int, ...], rng: prng.Rng = "threefry") -> np.ndarray:
+        draws = [eggroll_jax.keys.Draws(1, shape)]
 
         def bits(key: Any) -> Any:
-            return eggroll_jax.keys.parted(eggroll_jax.keys.random_bits(key[None], draws), draws)[0]
+            return eggroll_jax.keys.parted(eggroll_jax.keys.random_bits(key[None], draws, rng), draws, rng)[0]
 
         return self._run(bits, key).reshape(shape)
 
     def uniform(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return self._run(lambda key: prng.uniform(key, shape), key)
 
-    def normal(self, key: np.ndarray, shape: tuple[int, ...], precision: prng.Precision) -> np.ndarray:
-        return self._run(lambda key: eggroll_jax.noise.normal(key, shape, precision), key)
+    def normal(
+        self, key: np.ndarray, shape: tuple[int, ...], precision: prng.Precision, rng: prng.Rng = "threefry"
+    ) -> np.ndarray:
+        draws = [eggroll_jax.keys.Draws(1, shape)]
+        drawn = self._run(lambda key: eggroll_jax.noise.normals(key[None], draws, precision, rng)[0], key)
+        return drawn.reshape(shape)
 
     def noise(
         self,

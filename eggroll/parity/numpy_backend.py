@@ -30,14 +30,16 @@ class NumpyCore(Backend):
     def parameter_keys(self, model: Model, parameters: Parameters, key: np.ndarray) -> Parameters:
         return perturbation.parameter_keys(key, parameters)
 
-    def bits(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return prng.bits(key, shape)
+    def bits(self, key: np.ndarray, shape: tuple[int, ...], rng: prng.Rng = "threefry") -> np.ndarray:
+        return prng.bits(key, shape, rng=rng)
 
     def uniform(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return prng.uniform(key, shape)
 
-    def normal(self, key: np.ndarray, shape: tuple[int, ...], precision: prng.Precision) -> np.ndarray:
-        return prng.normal(key, shape, precision)
+    def normal(
+        self, key: np.ndarray, shape: tuple[int, ...], precision: prng.Precision, rng: prng.Rng = "threefry"
+    ) -> np.ndarray:
+        return prng.normal(key, shape, precision, rng=rng)
 
     def noise(
         self,
@@ -55,9 +57,9 @@ class NumpyCore(Backend):
         keys = perturbation.draw_keys(parameter_key, generation, draws, config)
         precision = perturbation.noise_precision(config, dtype)
         if low_rank:
-            parts = tuple(perturbation.low_rank_noise(keys, shape, config.rank, precision))
+            parts = tuple(perturbation.low_rank_noise(keys, shape, config.rank, precision, config.rng))
             return DrawnNoise(signs, parts)
-        return DrawnNoise(signs, (perturbation.dense_noise(keys, shape, precision),))
+        return DrawnNoise(signs, (perturbation.dense_noise(keys, shape, precision, config.rng),))
 
     def shape_fitness(self, fitness_values: np.ndarray, config: EggrollConfig) -> np.ndarray:
         return fitness.shape_fitness(fitness_values.astype(np.float64), config).astype(np.float32)

@@ -1,13 +1,14 @@
 """What is compared live: every backend against the core on NumPy, on problems drawn from a seed."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from eggroll import EggrollConfig
-from eggroll.prng import Precision
+from eggroll.prng import Precision, Rng
 
 from .backends import Backend, DrawnNoise, Evaluation, Parameters
 from .models import ATTENTION, CNN, Model, initial, mlp
@@ -20,6 +21,7 @@ __all__ = ["compare_backends"]
 # What fold_in has to take: the ends of both halves of 32 bits.
 FOLDED = np.asarray([0, 1, 7, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint32)
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+RNGS: tuple[Rng, ...] = ("threefry", "philox")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def compare_backends(report: Report, backends: Sequence[Backend], seed: int, qui
         _training(report, core, backend, rng, quick)
 
 
-def _draws(report: Report, core: Backend, backend: Backend, rng: np.random.Generator, quick: bool) -> None:
-    keys = [rng.integers(2**32, size=2, dtype=np.uint32) for _ in range(1 if quick else 3)]
+def _draws(report: Report, core: Backend, backend: Backend, problems: np.random.Generator, quick: bool) -> None:
+    keys = [problems.integers(2**32, size=2, dtype=np.uint32) for _ in range(1 if quick else 3)]
     shapes: list[tuple[int, ...]] = [(7,), (33, 4)] if quick else [(1,), (7,), (33, 4), (5, 3, 2), (1000, 17)]
 
     def both(find: Callable[[Backend, np.ndarray], np.ndarray]) -> Callable[[], Iterator[Pair]]:
@@ -87,23 +89,35 @@ def _draws(report: Report, core: Backend, backend: Backend, rng: np.random.Gener
             return np.stack([found[name] for name in sorted(zeros)])
 
         report.compare(f"keys: parameters of the {model.name}", backend.name, EQUAL, both(of_parameters))
-    report.compare("bits", backend.name, EQUAL, each(lambda one, key, shape: one.bits(key, shape)))
+    for rng in RNGS:
+
+        def bits(one: Backend, key: np.ndarray, shape: tuple[int, ...], rng: Rng = rng) -> np.ndarray:
+            return one.bits(key, shape, rng)
+
+        report.compare(f"{prefix(rng)}bits", backend.name, EQUAL, each(bits))
     report.compare("uniforms", backend.name, EQUAL, each(lambda one, key, shape: one.uniform(key, shape)))
-    for precision in PRECISIONS:
+    for rng, precision in itertools.product(RNGS, PRECISIONS):
 
         def normals(
-            one: Backend, key: np.ndarray, shape: tuple[int, ...], precision: Precision = precision
+            one: Backend, key: np.ndarray, shape: tuple[int, ...], precision: Precision = precision, rng: Rng = rng
         ) -> np.ndarray:
-            return one.normal(key, shape, precision)
+            return one.normal(key, shape, precision, rng)
 
         # The 16-bit normals come from tables of 128 and 1024 numbers.
         tolerance = NORMALS if precision == "float32" else EQUAL
-        report.compare(f"normals {precision}", backend.name, tolerance, each(normals))
+        report.compare(f"{prefix(rng)}normals {precision}", backend.name, tolerance, each(normals))
 
 
 def _noise_cases(quick: bool) -> list[NoiseCase]:
     config = EggrollConfig(population_size=8, rank=3, sigma=0.2, noise_lifetime=2)
-    cases = [NoiseCase((4, 6), 5, config), NoiseCase((5, 5), 5, config), NoiseCase((7,), 3, config, low_rank=False)]
+    philox = replace(config, rng="philox")
+    cases = [
+        NoiseCase((4, 6), 5, config),
+        NoiseCase((5, 5), 5, config),
+        NoiseCase((7,), 3, config, low_rank=False),
+        NoiseCase((5, 6), 5, philox),
+        NoiseCase((7,), 3, philox, low_rank=False),
+    ]
     if quick:
         return cases
     independent = replace(config, antithetic=False, noise_lifetime=None, rank=1)
@@ -117,30 +131,34 @@ def _noise_cases(quick: bool) -> list[NoiseCase]:
         NoiseCase((4, 6), 1, narrow, dtype="float16"),
         NoiseCase((4, 6), 1, config, dtype="bfloat16"),
         NoiseCase((300, 129), 0, replace(config, rank=8)),
+        NoiseCase((300, 129), 0, replace(philox, rank=8, antithetic=False)),
+        NoiseCase((2, 3, 5), 9, philox, low_rank=False),
+        NoiseCase((4, 6), 1, replace(philox, noise_dtype="param"), dtype="bfloat16"),
     ]
 
 
-def _noise(report: Report, core: Backend, backend: Backend, rng: np.random.Generator, quick: bool) -> None:
-    cases = [(case, rng.integers(2**32, size=2, dtype=np.uint32)) for case in _noise_cases(quick)]
+def _noise(report: Report, core: Backend, backend: Backend, problems: np.random.Generator, quick: bool) -> None:
+    cases = [(case, problems.integers(2**32, size=2, dtype=np.uint32)) for case in _noise_cases(quick)]
 
     @functools.cache
     def drawn() -> list[tuple[NoiseCase, DrawnNoise, DrawnNoise]]:
         return [(case, case.noise(backend, key), case.noise(core, key)) for case, key in cases]
 
-    def parts(low_rank: bool, place: int) -> list[Pair]:
+    def parts(rng: Rng, low_rank: bool, place: int) -> list[Pair]:
         return [
             Pair(str(case), actual.parts[place], expected.parts[place])
             for case, actual, expected in drawn()
-            if case.low_rank == low_rank
+            if case.low_rank == low_rank and case.config.rng == rng
         ]
 
     def signs() -> list[Pair]:
         return [Pair(str(case), actual.signs, expected.signs) for case, actual, expected in drawn()]
 
     report.compare("signs", backend.name, EQUAL, signs)
-    report.compare("factors A", backend.name, NORMALS, lambda: parts(True, 0))
-    report.compare("factors B", backend.name, NORMALS, lambda: parts(True, 1))
-    report.compare("dense noise", backend.name, NORMALS, lambda: parts(False, 0))
+    for rng in RNGS:
+        for what, low_rank, place in (("factors A", True, 0), ("factors B", True, 1), ("dense noise", False, 0)):
+            found = functools.partial(parts, rng, low_rank, place)
+            report.compare(f"{prefix(rng)}{what}", backend.name, NORMALS, found)
 
 
 def _evaluations(rng: np.random.Generator, quick: bool) -> list[Evaluation]:
@@ -155,6 +173,8 @@ def _evaluations(rng: np.random.Generator, quick: bool) -> list[Evaluation]:
             (mlp((3, 6, 2), "silu"), 9, replace(base, noise_lifetime=None, gradient_scale="unbiased")),
             (mlp((5, 4, 4), "pqn"), 2, replace(base, fitness_shaping="baseline", group_size=4)),
             (ATTENTION, 2, replace(base, population_size=16, freeze_nonlora=True, group_size=4)),
+            (mlp((3, 6, 6, 2)), 4, replace(base, rank=3, rng="philox")),
+            (CNN, 1, replace(base, antithetic=False, rng="philox")),
         ]
     return [
         Evaluation(
@@ -238,6 +258,7 @@ def _training(report: Report, core: Backend, backend: Backend, rng: np.random.Ge
             ),
             random_trajectory(rng, "full rank", noiser="open_es"),
             random_trajectory(rng, "matrices only, momentum", freeze=True, solver_options={"momentum": 0.9}),
+            replace(random_trajectory(rng, "philox"), rng="philox"),
         ]
     for run in runs:
 
@@ -250,6 +271,11 @@ def _training(report: Report, core: Backend, backend: Backend, rng: np.random.Ge
         report.compare(f"{run.generations} generations of training: {run.name}", backend.name, TRAINED, pairs)
 
 
+def prefix(rng: Rng) -> str:
+    """What the lines of a generator begin with: nothing for the default."""
+    return "" if rng == "threefry" else f"{rng} "
+
+
 def describe(config: EggrollConfig) -> str:
     """What is special about a configuration, in a few words."""
     words = [f"rank {config.rank}"]
@@ -259,4 +285,5 @@ def describe(config: EggrollConfig) -> str:
     words += [str(config.fitness_shaping)] if config.fitness_shaping != "zscore" else []
     words += [config.gradient_scale] if config.gradient_scale != "reference" else []
     words += ["matrices only"] if config.freeze_nonlora else []
+    words += [config.rng] if config.rng != "threefry" else []
     return ", ".join(words)

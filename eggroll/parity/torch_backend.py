@@ -19,6 +19,7 @@ import eggroll_torch.threefry
 from eggroll import EggrollConfig, prng
 from eggroll.perturbation import LowRank
 from eggroll.torch import EGGROLLTrainer
+from eggroll_torch.drawing import Draws, Rows
 
 from .backends import Backend, DrawnNoise, Evaluation, Parameters
 from .models import Model
@@ -54,14 +55,18 @@ class TorchBackend(Backend):
         keys = eggroll_torch.parameters.model_keys(module, torch.from_numpy(key))
         return {name: _numpy(own) for name, own in keys.items()}
 
-    def bits(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return _numpy(self._row(shape).bits(self._words(key).view(1, 1, 2))).view(np.uint32).reshape(shape)
+    def bits(self, key: np.ndarray, shape: tuple[int, ...], rng: prng.Rng = "threefry") -> np.ndarray:
+        (drawn,) = self._row(shape, rng).bits(self._words(key).view(1, 1, 2))
+        return _numpy(drawn[0, 0]).view(np.uint32)
 
     def uniform(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return _numpy(prng.uniform(self._key(key), shape))
 
-    def normal(self, key: np.ndarray, shape: tuple[int, ...], precision: prng.Precision) -> np.ndarray:
-        return _numpy(self._row(shape).normals(self._words(key).view(1, 1, 2), precision)).reshape(shape)
+    def normal(
+        self, key: np.ndarray, shape: tuple[int, ...], precision: prng.Precision, rng: prng.Rng = "threefry"
+    ) -> np.ndarray:
+        (drawn,) = self._row(shape, rng).normals(self._words(key).view(1, 1, 2), precision)
+        return _numpy(drawn[0, 0])
 
     def noise(
         self,
@@ -136,8 +141,8 @@ class TorchBackend(Backend):
                 after.append({name: _numpy(parameter) for name, parameter in module.named_parameters()})
         return Replay(np.stack(outputs), np.stack(raw), after[0], after[-1])
 
-    def _row(self, shape: tuple[int, ...]) -> eggroll_torch.threefry.Rows:
-        return eggroll_torch.threefry.Rows([int(np.prod(shape))], self.device)
+    def _row(self, shape: tuple[int, ...], rng: prng.Rng) -> Rows:
+        return Rows([Draws(1, shape)], self.device, rng)
 
     def _key(self, key: np.ndarray) -> Tensor:
         return prng.key_from_words(key, xp=xp, device=self.device)
@@ -175,6 +180,7 @@ def _trainer_of(module: nn.Module, config: EggrollConfig, key: np.ndarray, **opt
         fitness_shaping=config.fitness_shaping,
         gradient_scale=config.gradient_scale,
         noise_dtype=config.noise_dtype,
+        rng=config.rng,
         strict=True,
         **options,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from eggroll import EggrollConfig
+from eggroll.prng import Rng
 
 from .models import Model, initial, mlp
 from .report import InexpressibleError
@@ -29,6 +30,7 @@ class Trajectory:
         solver, solver_options: an optax optimizer and its keyword arguments apart from the learning rate.
         noise_reuse: generations that a draw lives; 0 for ever.
         group: consecutive members that are normalised together, 0 for all; freeze: matrices alone are trained.
+        rng: what draws the noise; the recorded format has no word for it, all of its runs are Threefry's.
         trust_region: the global norm to which the direction is clipped, or None.
         dtype: of parameters and inputs, ``"float32"`` or ``"bfloat16"``.
         task: the target, ``"two"`` for 2.0 or ``"sin"`` for the sum of the sines of the inputs.
@@ -57,6 +59,7 @@ class Trajectory:
     key: np.ndarray
     init: Mapping[str, np.ndarray]
     inputs: np.ndarray
+    rng: Rng = "threefry"
 
     @property
     def generations(self) -> int:
@@ -87,6 +90,7 @@ class Trajectory:
                 group_size=self.group,
                 freeze_nonlora=self.freeze,
                 noise_dtype="param",
+                rng=self.rng,
             )
         except ValueError as error:
             raise InexpressibleError(str(error)) from None

@@ -39,6 +39,7 @@ def breaches():
         ("fitness_shaping", SHAPING_NAMES),
         ("gradient_scale", "'reference', 'unbiased'"),
         ("noise_dtype", "'float32', 'param'"),
+        ("rng", "'threefry', 'philox'"),
     ]:
         for value in ("Zscore", "", "float16", None, 1, True, ["raw"]):
             yield name, value, ValueError, f"one of {choices}"
@@ -114,7 +115,7 @@ def test_unknown_options(name):
         {"fitness_shaping": len},
         {"fitness_shaping": "baseline", "population_size": 9, "group_size": 3, "antithetic": False},
         {"fitness_shaping": "baseline", "population_size": 8, "group_size": 4},
-        {"gradient_scale": "unbiased", "noise_dtype": "param", "freeze_nonlora": True},
+        {"gradient_scale": "unbiased", "noise_dtype": "param", "freeze_nonlora": True, "rng": "philox"},
     ],
 )
 def test_what_stays_within_the_rules_is_kept(options):
@@ -150,6 +151,7 @@ def test_defaults_are_those_of_the_documentation():
         "freeze_nonlora": False,
         "gradient_scale": "reference",
         "noise_dtype": "float32",
+        "rng": "threefry",
     }
 
 

@@ -1,6 +1,7 @@
 """The contract: every member's output is that of the model with that member's weights, which are never formed."""
 
 import math
+from dataclasses import replace
 
 import equinox as eqx
 import flax.linen as nn
@@ -184,21 +185,28 @@ def assert_never_formed(traced, params, layout, config):
             assert not formed, f"{words}: {shape}"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_members_equal_their_materialised_selves(case):
+@pytest.mark.parametrize(
+    ("case", "rng"),
+    [
+        *((case, "threefry") for case in CASES),
+        *((case, "philox") for case in ("linen.Dense", "linen.Conv", "linen.Embed", "linen.scan", "equinox.nn.MLP")),
+    ],
+)
+def test_members_equal_their_materialised_selves(case, rng):
     fn, params, args, layout = CASES[case]()
-    apply = population_apply(fn, CONFIG, layout=layout, strict=True)
+    config = replace(CONFIG, rng=rng)
+    apply = population_apply(fn, config, layout=layout, strict=True)
     arrays, static = eqx.partition(params, eqx.is_array)
     jitted = jax.jit(lambda arrays, *args: apply(eqx.combine(arrays, static), KEY, 3, *args))
-    assert_never_formed(jitted.trace(arrays, *args), params, layout, CONFIG)
+    assert_never_formed(jitted.trace(arrays, *args), params, layout, config)
     out = jitted(arrays, *args)
 
     @jax.jit
     def one(arrays, member, *args):
-        dense = materialise(perturb(eqx.combine(arrays, static), KEY, 3, member, CONFIG, layout=layout))
+        dense = materialise(perturb(eqx.combine(arrays, static), KEY, 3, member, config, layout=layout))
         return fn(dense, *args)
 
-    for member in range(CONFIG.population_size):
+    for member in range(config.population_size):
         expected = np.asarray(one(arrays, member, *args))
         # 1e-5 of the output's scale, which is at least that of the activations before it, about 1.
         np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))

@@ -17,8 +17,17 @@ SHAPES = [name.removeprefix("bits.") for name in RECORD if name.startswith("bits
 PRECISIONS = ["float32", "bfloat16", "float16"]
 ULPS = {"float32": 4, "bfloat16": 0, "float16": 0}
 # Around a block of 32 and far beyond it; nothing first, in the middle and last.
-DRAWS = [Draws(2, 0), Draws(3, 1), Draws(1, 31), Draws(2, 32), Draws(1, 0), Draws(3, 33), Draws(2, 1000), Draws(1, 0)]
-KEYS = prng.split(prng.key(2**40 + 5), sum(count for count, _ in DRAWS))
+DRAWS = [
+    Draws(2, (0,)),
+    Draws(3, (1,)),
+    Draws(1, (31,)),
+    Draws(2, (32,)),
+    Draws(1, (0,)),
+    Draws(3, (33,)),
+    Draws(2, (1000,)),
+    Draws(1, (0,)),
+]
+KEYS = prng.split(prng.key(2**40 + 5), sum(draw.keys for draw in DRAWS))
 
 
 @pytest.fixture
@@ -34,9 +43,9 @@ def shape_of(name):
 
 
 def of_each_key(draw, keys, draws=DRAWS):
-    """What the core draws from one key after the other: for each of `draws`, shape ``(number of keys, size)``."""
+    """What the core draws from one key after the other: for each of `draws`, shape ``(number of keys, *shape)``."""
     own = iter(keys)
-    return [np.stack([draw(next(own), (size,)) for _ in range(count)]) for count, size in draws]
+    return [np.stack([draw(next(own), shape) for _ in range(count)]) for count, shape, _ in draws]
 
 
 def drawn_bits(keys):
@@ -71,9 +80,9 @@ def test_recorded_fold_in():
 @pytest.mark.parametrize("name", SHAPES)
 def test_recorded_draws(name):
     key, shape = jnp.asarray(RECORD["key"]), shape_of(name)
-    draws = [Draws(1, int(np.prod(shape)))]
+    draws = [Draws(1, shape)]
     (bits,) = parted(random_bits(key[None], draws), draws)
-    np.testing.assert_array_equal(bits.reshape(shape), RECORD[f"bits.{name}"])
+    np.testing.assert_array_equal(bits[0], RECORD[f"bits.{name}"])
     assert ulp_distance(normal(key, shape), RECORD[f"normal_f32.{name}"]) <= 4
     for precision, short in [("bfloat16", "bf16"), ("float16", "f16")]:
         numbers = normal(key, shape, precision)
@@ -173,7 +182,7 @@ def test_every_key_and_every_counter_is_its_own():
     Element ``j`` of key ``k`` is what the core gives for it alone, and no integer appears where it does not belong.
     """
     keys = prng.split(prng.key(3), 5)
-    draws = [Draws(2, 65), Draws(3, 97)]
+    draws = [Draws(2, (65,)), Draws(3, (97,))]
     parts = parted(random_bits(jnp.asarray(keys), draws), draws)
     got = [row for part in parts for row in np.asarray(part)]
     assert [len(row) for row in got] == [65, 65, 97, 97, 97]
@@ -188,12 +197,37 @@ def test_every_key_and_every_counter_is_its_own():
 
 def test_a_draw_does_not_depend_on_what_is_drawn_beside_it():
     keys = jnp.asarray(KEYS[:3])
-    alone = normals(keys[1:2], [Draws(1, 50)])[0][0]
+    alone = normals(keys[1:2], [Draws(1, (50,))])[0][0]
     for before, after in [(0, 31), (1000, 33)]:
-        together = normals(keys, [Draws(1, before), Draws(1, 50), Draws(1, after)])[1][0]
+        together = normals(keys, [Draws(1, (before,)), Draws(1, (50,)), Draws(1, (after,))])[1][0]
         np.testing.assert_array_equal(together, alone)
 
 
 def test_too_many_elements():
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements, got 2147483648"):
-        random_bits(jnp.asarray(KEYS[:2]), [Draws(2, 2**30)])
+        random_bits(jnp.asarray(KEYS[:2]), [Draws(2, (2**30,))])
+
+
+# Philox
+
+PHILOX = [Draws(2, (3, 5)), Draws(1, ()), Draws(3, (2, 33), 1), Draws(0, (3,)), Draws(2, (0,)), Draws(1, (2, 0, 3))]
+
+
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
+def test_philox_draws_are_those_of_the_core(how):
+    """Bits to the bit; of keys along two leading axes too, in every axis and stream."""
+    keys = prng.split(prng.split(prng.key(11), 2), sum(draw.keys for draw in PHILOX))  # (2, keys, 2)
+    drawn = how(lambda keys: parted(random_bits(keys, PHILOX, "philox"), PHILOX, "philox"))(jnp.asarray(keys))
+    first = 0
+    for draw, bits in zip(PHILOX, drawn, strict=True):
+        own, first = keys[:, first : first + draw.keys], first + draw.keys
+        np.testing.assert_array_equal(bits, prng.bits(own, draw.shape, rng="philox", stream=draw.stream))
+
+
+@pytest.mark.usefixtures("full_compilation")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_many_philox_numbers(precision):
+    draws = [Draws(1, (4, 2**15 + 3), 1)]
+    (got,) = jax.jit(lambda keys: normals(keys, draws, precision, "philox"))(jnp.asarray(prng.key(23)[None]))
+    want = prng.normal(prng.key(23), draws[0].shape, precision, rng="philox", stream=1)
+    assert ulp_distance(got[0], want) <= ULPS[precision]

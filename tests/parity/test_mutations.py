@@ -9,7 +9,7 @@ import pytest
 from eggroll import perturbation, update
 from eggroll.parity.cli import main
 
-LINES = "keys,bits,signs,factors,dense noise,population outputs: MLP,direction: MLP,10 generations"
+LINES = "keys,bits,philox,signs,factors,dense noise,population outputs: MLP,direction: MLP,10 generations"
 
 
 def verdicts(tmp_path, backend, only=LINES):
@@ -97,6 +97,43 @@ def torch_reuse_noise(patch):
     patch.setattr(noise, "_generation_keys", first)
 
 
+def torch_philox_of_seven_rounds(patch):
+    from eggroll_torch import philox, threefry
+
+    patch.setattr(threefry, "compiled_for_cpu", lambda: None)
+    patch.setattr(philox, "ROUNDS", 7)
+
+
+def torch_philox_of_one_row(patch):
+    import eggroll_torch.drawing as drawing
+
+    right = drawing._runs
+
+    def first_row(draws, shapes):
+        runs, bounds = right(draws, shapes)
+        runs[:, 1] = 0
+        return runs, bounds
+
+    patch.setattr(drawing, "_runs", first_row)
+
+
+def torch_swap_streams(patch):
+    import eggroll_torch.parameters as parameters
+
+    def swapped(shape, rank, rng):
+        draws = perturbation.low_rank_draws(shape, rank, rng)
+        return tuple(draw._replace(stream=len(draws) - 1 - place) for place, draw in enumerate(draws))
+
+    patch.setattr(parameters, "perturbation", with_changes(perturbation, low_rank_draws=swapped))
+
+
+def jax_swap_key_words(patch):
+    import eggroll_jax.philox as philox
+
+    right = philox.bits
+    patch.setattr(philox, "bits", lambda k0, k1, *counter: right(k1, k0, *counter))
+
+
 def jax_flip_sign(patch):
     import eggroll_jax.population
 
@@ -106,14 +143,12 @@ def jax_flip_sign(patch):
 def jax_swap_factors(patch):
     import eggroll_jax.draws as draws
 
-    def shaped(leaf, numbers, lead, config):
-        if leaf.kind == "dense":
-            return numbers.reshape(*lead, *leaf.shape)
-        rows, columns = leaf.layer_shape
-        both = numbers.reshape(*lead, *leaf.stack_shape, columns + rows, config.rank)
-        return both[..., :rows, :], both[..., rows:, :]
+    def swapped(drawn, in_features):
+        (both,) = drawn
+        out_features = both.shape[-2] - in_features
+        return perturbation.LowRank(A=both[..., :out_features, :], B=both[..., out_features:, :])
 
-    patch.setattr(draws, "_shaped", shaped)
+    patch.setattr(draws, "factors_of", swapped)
 
 
 def jax_drop_root(patch):
@@ -163,6 +198,9 @@ OUTPUTS, DIRECTION, TRAINING = "population outputs: MLP", "direction: MLP", "10 
         (torch_drop_root, {OUTPUTS, TRAINING}),
         (torch_drop_root_in_update, {DIRECTION, TRAINING}),
         (torch_same_key, {"keys: parameters of the MLP", OUTPUTS, DIRECTION, TRAINING}),
+        (torch_philox_of_seven_rounds, {"philox bits", "philox factors A", "philox dense noise"}),
+        (torch_philox_of_one_row, {"philox bits", "philox factors A", "philox factors B"}),
+        (torch_swap_streams, {"philox factors A", "philox factors B"}),
         (torch_reuse_noise, {"factors A", "factors B", "dense noise", OUTPUTS, DIRECTION, TRAINING}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -179,6 +217,7 @@ def test_a_mistake_in_the_torch_backend_is_red(mutate, red, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("mutate", "only", "red"),
     [
+        (jax_swap_key_words, "philox bits", "philox bits"),
         (jax_flip_sign, OUTPUTS, OUTPUTS),
         (jax_swap_factors, DIRECTION, DIRECTION),
         (jax_drop_root, OUTPUTS, OUTPUTS),
@@ -201,4 +240,4 @@ def test_without_a_mistake_all_of_these_lines_are_green(tmp_path):
     status, found = verdicts(tmp_path, "torch-cpu")
     assert status == 0
     assert set(found.values()) == {"pass"}
-    assert {OUTPUTS, DIRECTION, TRAINING, "signs", "factors A", "dense noise"} <= set(found)
+    assert {OUTPUTS, DIRECTION, TRAINING, "signs", "factors A", "dense noise", "philox factors A"} <= set(found)

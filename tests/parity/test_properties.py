@@ -49,6 +49,7 @@ def configs(draw, max_rank=9, max_groups=12):
         freeze_nonlora=draw(st.booleans()),
         gradient_scale=draw(st.sampled_from(["reference", "unbiased"])),
         noise_dtype=draw(st.sampled_from(["float32", "param"])),
+        rng=draw(st.sampled_from(["threefry", "philox"])),
     )
 
 
@@ -85,9 +86,12 @@ def test_noise_on_torch(torch_cpu, key, shape, generation, config, low_rank, dty
     lifetime=st.none() | ints(1, 5),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     low_rank=st.booleans(),
+    rng=st.sampled_from(["threefry", "philox"]),
 )
-def test_noise_on_jax(jax_cpu, key, shape, generation, sigma, lifetime, dtype, low_rank):
-    config = EggrollConfig(population_size=6, sigma=sigma, rank=3, noise_lifetime=lifetime, noise_dtype="param")
+def test_noise_on_jax(jax_cpu, key, shape, generation, sigma, lifetime, dtype, low_rank, rng):
+    config = EggrollConfig(
+        population_size=6, sigma=sigma, rank=3, noise_lifetime=lifetime, noise_dtype="param", rng=rng
+    )
     assert_same_noise(jax_cpu, key, shape, generation, config, low_rank, dtype)
 
 

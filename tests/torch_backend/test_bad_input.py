@@ -69,6 +69,7 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "`noise_dtype` must be one of 'float32', 'param', got torch.float32",
     ),
+    ({"rng": "pcg64"}, ValueError, "`rng` must be one of 'threefry', 'philox', got 'pcg64'"),
     ({"nonfinite": "ignore"}, ValueError, "`nonfinite` must be one of 'raise', 'worst', got 'ignore'"),
     ({"chunk_size": 0}, ValueError, "`chunk_size` must be a positive int"),
     ({"chunk_size": 2.5}, TypeError, "`chunk_size` must be a positive int"),
@@ -439,6 +440,11 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda t: t.add_param_group({"params": [nn.Parameter(torch.ones(2))]}), ValueError, "of shape (2,), is not"),
     (lambda t: t.load_state_dict({}), ValueError, "`state_dict` must have the keys"),
     (lambda t: t.load_state_dict(make_trainer(rank=2).state_dict()), ValueError, "rank is 2 there and 1 here"),
+    (
+        lambda t: t.load_state_dict(make_trainer(rng="philox").state_dict()),
+        ValueError,
+        "rng is 'philox' there and 'threefry' here",
+    ),
     (lambda t: t.load_state_dict(make_trainer(mlp(3, 5, 2)).state_dict()), ValueError, "other parameters"),
     (
         lambda t: t.load_state_dict(make_trainer(optimizer=torch.optim.Adam).state_dict()),

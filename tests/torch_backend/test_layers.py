@@ -273,15 +273,19 @@ def assert_members_equal(outputs: object, expected: list[object], tolerance: flo
 
 
 @pytest.mark.parametrize("per_member", [False, True], ids=["shared", "per member"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "rng"),
+    [(torch.float32, "threefry"), (torch.bfloat16, "threefry"), (torch.float32, "philox")],
+    ids=["float32", "bfloat16", "philox"],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_member_equals_model_with_its_weights(name: str, dtype: torch.dtype, per_member: bool) -> None:
+def test_member_equals_model_with_its_weights(name: str, dtype: torch.dtype, rng: str, per_member: bool) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     model = case.model().to(dtype)
     x = case.x(MEMBERS if per_member else None)
     x = x.to(dtype) if x.is_floating_point() else x
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, rng=rng)
     before = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

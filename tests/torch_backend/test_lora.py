@@ -1,5 +1,7 @@
 """A member's perturbations as a LoRA adapter in PEFT's layout."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,11 +41,11 @@ def delta(adapter: dict[str, Tensor], module: str, weight: Tensor) -> Tensor:
     return B @ A
 
 
-@pytest.mark.parametrize("noise_reuse", [0, 2])
+@pytest.mark.parametrize("options", [{"noise_reuse": 0}, {"noise_reuse": 2}, {"rng": "philox"}], ids=str)
 @pytest.mark.parametrize("index", [0, 3, -1])
-def test_adapter_is_the_perturbation(index: int, noise_reuse: int) -> None:
+def test_adapter_is_the_perturbation(index: int, options: dict[str, Any]) -> None:
     model = Model()
-    population = make_trainer(model, population_size=MEMBERS, rank=RANK, sigma=0.2, noise_reuse=noise_reuse).ask()
+    population = make_trainer(model, population_size=MEMBERS, rank=RANK, sigma=0.2, **options).ask()
     adapter, member = population.lora(index), population.state_dict(index)
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in adapter.values())
     matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]

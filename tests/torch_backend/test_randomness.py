@@ -284,3 +284,15 @@ def test_fitness_fn_draws_by_the_seed(randomness: str) -> None:
         torch.rand(3)
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == (2 if randomness == "same" else 16)
+
+
+def test_the_generator_of_the_noise_leaves_the_randomness_of_the_model_alone() -> None:
+    """Dropout of a model whose weight is not perturbed: Threefry's, whatever draws the noise of the rest."""
+    outputs = []
+    for rng in ("threefry", "philox"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        trainer = make_trainer(model, noise={"0.*": "frozen"}, sigma=1e-6, rng=rng)
+        outputs.append(trainer.ask()(torch.ones(4, 3)))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=0)
+    assert not torch.equal(outputs[0], outputs[1])

@@ -89,6 +89,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"fitness_shaping": "baseline", "group_size": 4},
     {"noise_reuse": 2, "noise_lifetime": 2, "sigma": 0.7},
     {"noise_lifetime": None},
+    *({"rng": "philox", "rank": rank, "noise_reuse": reuse} for rank in (1, 3) for reuse in (0, 2)),
 ]
 
 
@@ -113,14 +114,15 @@ def test_the_direction_is_that_of_the_core(options: dict[str, Any], dtype: torch
                 assert float(expected[name].abs().max()) > 0
 
 
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_noise_in_the_dtype_of_the_parameter(dtype: torch.dtype):
+def test_noise_in_the_dtype_of_the_parameter(dtype: torch.dtype, rng: Any):
     model = Zoo(dtype)
-    trainer = make_trainer(model, population_size=MEMBERS, noise_dtype="param", noise_reuse=2)
+    trainer = make_trainer(model, population_size=MEMBERS, noise_dtype="param", noise_reuse=2, rng=rng)
     trainer.ask()
     trainer.tell(scores(MEMBERS))
-    config = EggrollConfig(population_size=MEMBERS, noise_dtype="param")
-    drawn_wide = EggrollConfig(population_size=MEMBERS)
+    config = EggrollConfig(population_size=MEMBERS, noise_dtype="param", rng=rng)
+    drawn_wide = EggrollConfig(population_size=MEMBERS, rng=rng)
     expected = expected_directions(model, config, scores(MEMBERS), 0)
     other = expected_directions(model, drawn_wide, scores(MEMBERS), 0)
     for name, parameter in model.named_parameters():

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .drawing import blocks_of, normals
 from .launch import DTYPES, launch, narrow_table, power_of_two, splits
 from .portable import narrow
-from .threefry import key_at, normal
+from .threefry import key_at
 from .totals import add_, scale_
 
 __all__ = ["add_dense_sum_drawn_", "dense_of_members"]
@@ -19,14 +20,15 @@ _BLOCK = 1024
 @triton.jit
 def _members_kernel(
     weight, keys, signs, table, out, draws, size, copies, scale,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(size, BLOCK_C)
     draw = (tl.program_id(0) // blocks * BLOCK_D + tl.arange(0, BLOCK_D))[:, None]
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    start = tl.program_id(0) % blocks * BLOCK_C
+    column = start + tl.arange(0, BLOCK_C)[None, :]
     inside = (draw < draws) & (column < size)
     k0, k1 = key_at(keys, draw, draw < draws)
-    drawn = normal(k0, k1, column, table, PRECISION)
+    drawn = normals(k0, k1, column, blocks_of(start, BLOCK_C)[None, :], 0, 0, table, PRECISION, RNG)
     parameter = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
     for copy in range(copies):
         member = draw * copies + copy
@@ -36,7 +38,9 @@ def _members_kernel(
 
 
 @torch.library.custom_op("eggroll::dense_of_members", mutates_args=())
-def dense_of_members(weight: Tensor, keys: Tensor, signs: Tensor, scale: float, precision: str = "float32") -> Tensor:
+def dense_of_members(
+    weight: Tensor, keys: Tensor, signs: Tensor, scale: float, precision: str = "float32", rng: str = "threefry"
+) -> Tensor:
     """A parameter with dense noise as each member sees it: ``weight + signs[i] * scale * noise[i // copies]``.
 
     Args:
@@ -44,7 +48,7 @@ def dense_of_members(weight: Tensor, keys: Tensor, signs: Tensor, scale: float, 
         keys: int32, shape ``(draws, 2)``.
         signs: float32, shape ``(members,)``; each draw is that of ``copies = members / draws`` members.
         scale: sigma.
-        precision: the dtype to draw in, see `eggroll.prng.normal`.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
 
     Returns:
         The dtype of `weight`, shape ``(members, *weight.shape)``; the noise is rounded to it before it is added.
@@ -52,7 +56,7 @@ def dense_of_members(weight: Tensor, keys: Tensor, signs: Tensor, scale: float, 
     out = weight.new_empty(len(signs), *weight.shape)
     if out.numel():
         draws, size = len(keys), weight.numel()
-        columns = power_of_two(size, 1, _BLOCK)
+        columns = power_of_two(size, 4, _BLOCK)
         at_once = _BLOCK // columns
         launch(
             _members_kernel,
@@ -61,6 +65,7 @@ def dense_of_members(weight: Tensor, keys: Tensor, signs: Tensor, scale: float, 
             *(draws, size, len(signs) // draws, scale),
             device=weight.device,
             PRECISION=precision,
+            RNG=rng,
             DTYPE=DTYPES[weight.dtype],
             BLOCK_D=at_once,
             BLOCK_C=columns,
@@ -69,17 +74,18 @@ def dense_of_members(weight: Tensor, keys: Tensor, signs: Tensor, scale: float, 
 
 
 @dense_of_members.register_fake
-def _(weight, keys, signs, scale, precision="float32"):
+def _(weight, keys, signs, scale, precision="float32", rng="threefry"):
     return weight.new_empty(signs.shape[0], *weight.shape)
 
 
 @triton.jit
 def _dense_sum_kernel(
     keys, coefficients, table, out, draws, size, length,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, RNG: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``sum_d c_d * noise_d`` of some elements over one part, of `length`, of the draws."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    block = blocks_of(tl.program_id(0) * BLOCK_C, BLOCK_C)[None, :]
     start = tl.program_id(1) * length
     stop = tl.minimum(start + length, draws)
     sums = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
@@ -87,7 +93,7 @@ def _dense_sum_kernel(
         draw = first + tl.arange(0, BLOCK_D)[:, None]
         k0, k1 = key_at(keys, draw, draw < stop)
         c = tl.load(coefficients + draw, mask=draw < stop, other=0.0)
-        sums += c * normal(k0, k1, column, table, PRECISION)
+        sums += c * normals(k0, k1, column, block, 0, 0, table, PRECISION, RNG)
     place = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     pointer = out + tl.program_id(1).to(tl.int64) * size + place
     tl.store(pointer, tl.sum(sums, axis=0), mask=place < size)
@@ -99,6 +105,7 @@ def add_dense_sum_drawn_(
     coefficients: Tensor,
     keys: Tensor,
     precision: str = "float32",
+    rng: str = "threefry",
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> None:
@@ -108,7 +115,7 @@ def add_dense_sum_drawn_(
         total: float32, any shape.
         coefficients: float32, shape ``(draws,)``.
         keys: int32, shape ``(draws, 2)``.
-        precision: the dtype to draw in, see `eggroll.prng.normal`.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
         alpha: see above.
         beta: with 0 what `total` holds does not matter, as in `torch.addmm`.
     """
@@ -116,7 +123,7 @@ def add_dense_sum_drawn_(
     if draws == 0 or size == 0:
         scale_(total, beta)
         return
-    columns = power_of_two(size, 1, 256)
+    columns = power_of_two(size, 4, 256)
     at_once = _BLOCK // columns
     blocks = triton.cdiv(size, columns)
     parts = splits(blocks, draws * columns, total.device)
@@ -129,6 +136,7 @@ def add_dense_sum_drawn_(
         *(draws, size, length),
         device=total.device,
         PRECISION=precision,
+        RNG=rng,
         BLOCK_D=at_once,
         BLOCK_C=columns,
     )
@@ -136,5 +144,5 @@ def add_dense_sum_drawn_(
 
 
 @add_dense_sum_drawn_.register_fake
-def _(total, coefficients, keys, precision="float32", alpha=1.0, beta=1.0):
+def _(total, coefficients, keys, precision="float32", rng="threefry", alpha=1.0, beta=1.0):
     return None

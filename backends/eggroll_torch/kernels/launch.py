@@ -29,9 +29,11 @@ class Source(NamedTuple):
     Attributes:
         values: the factor itself, or the keys that it is drawn from, int32 ``(draws, 2)``.
         strides: of the factor; not used if it is drawn.
-        first: the row of a draw, ``(in + out, rank)``, at which the factor starts.
+        first: where a draw has the factor: with Threefry the row of ``(in + out, rank)`` at which it starts, with
+            Philox its stream. See `eggroll.perturbation.low_rank_draws`.
         drawn: which of both.
         precision: the dtype to draw in.
+        rng: the generator.
     """
 
     values: Tensor
@@ -39,6 +41,7 @@ class Source(NamedTuple):
     first: int
     drawn: bool
     precision: str
+    rng: str
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -48,12 +51,13 @@ class Source(NamedTuple):
 
 def stored(factor: Tensor) -> Source:
     """A factor that is read, of any float dtype and any strides."""
-    return Source(factor, factor.stride(), 0, False, "float32")
+    return Source(factor, factor.stride(), 0, False, "float32", "threefry")
 
 
-def drawn(keys: Tensor, first: int, precision: str) -> Source:
-    """A factor that is drawn where it is needed."""
-    return Source(keys, (0, 0, 0), first, True, precision)
+def drawn(keys: Tensor, in_features: int, precision: str, rng: str) -> tuple[Source, Source]:
+    """`A` and `B`, drawn where they are needed."""
+    first = 1 if rng == "philox" else in_features
+    return Source(keys, (0, 0, 0), first, True, precision, rng), Source(keys, (0, 0, 0), 0, True, precision, rng)
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, device: torch.device, **constants: Any) -> None:

@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS, activate
-from .factors import factor, spread
+from .drawing import blocks_of, normals
+from .factors import factor, pinned, spread
 from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .portable import INTERPRETED, narrow, product
-from .threefry import key_at, normal
+from .threefry import key_at
 
 __all__ = ["linear_of_members", "linear_of_members_drawn"]
 
@@ -33,8 +34,8 @@ __all__ = ["linear_of_members", "linear_of_members_drawn"]
 def _project_kernel(
     x, x_row, x_column, values, stride_draw, stride_feature, stride_column, first, table, out,
     rows, in_features, rank, length, all_rows,
-    SHARED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
-    MATMUL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr,
+    DOT: tl.constexpr, MATMUL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``x @ B`` of some rows and columns of one draw, summed over one part, of `length`, of the input features."""
     blocks = tl.cdiv(rows, BLOCK_R)
@@ -55,10 +56,11 @@ def _project_kernel(
             x_tile = tl.load(x + x_line[:, None] + feature.to(tl.int64)[None, :] * x_column, mask=x_mask, other=0.0)
             B = factor(
                 values, stride_draw, stride_feature, stride_column, first, table,
-                draw, feature[None, :], column, rank, (feature < stop)[None, :] & (column < rank),
-                DRAWN, PRECISION, DTYPE,
+                draw, feature[None, :], blocks_of(k, BLOCK_K)[None, :], column, rank,
+                (feature < stop)[None, :] & (column < rank), DRAWN, PRECISION, RNG, DTYPE,
             )  # fmt: skip
-            sums = product(x_tile, tl.trans(spread(B, COLUMNS, BLOCK_K, TIMES)), sums, MATMUL)
+            B = spread(pinned(B, RNG), COLUMNS, BLOCK_K, TIMES)
+            sums = product(x_tile, tl.trans(B), sums, MATMUL)
         projected = sums
     else:
         # Few rows: sums of products of each thread's own elements, until the end.
@@ -69,10 +71,21 @@ def _project_kernel(
             x_mask = (row < rows)[:, None, None] & (feature < stop)
             x_place = x_line[:, None, None] + feature.to(tl.int64) * x_column
             x_tile = tl.load(x + x_place, mask=x_mask, other=0.0).to(tl.float32)
-            B = factor(
-                values, stride_draw, stride_feature, stride_column, first, table,
-                draw, feature, column, rank, (feature < stop) & (column < rank), DRAWN, PRECISION, DTYPE,
-            ).to(tl.float32)  # fmt: skip
+            if RNG == "philox":
+                # Its blocks lie along the last axis.
+                B = factor(
+                    values, stride_draw, stride_feature, stride_column, first, table,
+                    draw, 0, blocks_of(k, BLOCK_K)[None, :], (first_column + tl.arange(0, COLUMNS))[:, None], rank,
+                    None, DRAWN, PRECISION, RNG, DTYPE,
+                )  # fmt: skip
+                B = tl.trans(B)[None, :, :]
+            else:
+                B = factor(
+                    values, stride_draw, stride_feature, stride_column, first, table,
+                    draw, feature, 0, column, rank, (feature < stop) & (column < rank),
+                    DRAWN, PRECISION, RNG, DTYPE,
+                )  # fmt: skip
+            B = B.to(tl.float32)
             own = tl.fma(x_tile, B, own)
         projected = tl.sum(own, axis=1)
     place = tl.arange(0, COLUMNS * TIMES)
@@ -116,6 +129,7 @@ def _project(x: Tensor, source: Source, draws: int, rank: int) -> Tensor:
         SHARED=shared,
         DRAWN=source.drawn,
         PRECISION=source.precision,
+        RNG=source.rng,
         DTYPE=DTYPES[x.dtype],
         DOT=dot,
         MATMUL=matmul,
@@ -132,7 +146,7 @@ def _linear_kernel(
     x, x_row, x_column, weight, weight_row, weight_column, base, bias, bias_keys,
     values, stride_draw, stride_feature, stride_column, first, table, projected, signs, scale, bias_scale, out,
     all_rows, out_features, in_features, rows, rows_of_draw, rank, columns, size,
-    SHARED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    SHARED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr,
     PRODUCT: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, BIAS_NOISE: tl.constexpr,
     ACTIVATION: tl.constexpr, MATMUL: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -147,6 +161,7 @@ def _linear_kernel(
     tile_n = tl.program_id(0) % (8 * tiles_n) // height
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_blocks = blocks_of(tile_n * BLOCK_N, BLOCK_N)[None, :]
     m_in = m < all_rows
     n_in = n < out_features
     line = m.to(tl.int64)
@@ -202,15 +217,17 @@ def _linear_kernel(
             b0, b1 = key_at(bias_keys, of_draw, of_draw >= 0)
             is_bias = column == rank
             counter = tl.where(is_bias, n[None, :], (first + n[None, :]) * rank + column)
+            row = tl.where(is_bias, 0, column)
+            stream = tl.where(is_bias, 0, first)
             k0 = tl.where(is_bias, b0, w0)
             k1 = tl.where(is_bias, b1, w1)
-            A = narrow(normal(k0, k1, counter, table, PRECISION), DTYPE)
+            A = narrow(normals(k0, k1, counter, n_blocks, row, stream, table, PRECISION, RNG), DTYPE)
         else:
             A = factor(
                 values, stride_draw, stride_feature, stride_column, first, table,
-                of_draw, n[None, :], column, rank, n_in[None, :], DRAWN, PRECISION, DTYPE,
+                of_draw, n[None, :], n_blocks, column, rank, n_in[None, :], DRAWN, PRECISION, RNG, DTYPE,
             )  # fmt: skip
-        sums = product(left, spread(A, STEP, BLOCK_N, TIMES), sums, MATMUL)
+        sums = product(left, spread(pinned(A, RNG), STEP, BLOCK_N, TIMES), sums, MATMUL)
 
     if BIAS == "shared":
         sums += tl.load(bias + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
@@ -259,7 +276,7 @@ def _tuned(block_k: int) -> Any:
     tiles = (_INTERPRETED_TILE,) if INTERPRETED else _TILES
     return triton.autotune(
         configs=[_configuration(tile, block_k) for tile in tiles],
-        key=["size", "out_features", "in_features", "rank", "DRAWN", "STEP", "MATMUL"],
+        key=["size", "out_features", "in_features", "rank", "DRAWN", "RNG", "STEP", "MATMUL"],
         prune_configs_by={"early_config_prune": _fitting},
     )(_linear_kernel)
 
@@ -302,6 +319,7 @@ def _linear(
         "SHARED": shared,
         "DRAWN": A.drawn,
         "PRECISION": A.precision,
+        "RNG": A.rng,
         "DTYPE": DTYPES[x.dtype],
         "PRODUCT": fused,
         "EVEN": in_features % 64 == 0,
@@ -396,24 +414,26 @@ def linear_of_members_drawn(
     bias_keys: Tensor | None = None,
     bias_scale: float = 0.0,
     precision: str = "float32",
+    rng: str = "threefry",
     activation: str | None = None,
     fused: bool | None = None,
 ) -> Tensor:
     """`linear_of_members` whose noise is drawn where it is needed and never in memory.
 
     Args:
-        keys: int32, shape ``(draws, 2)``, from which ``(in + out, rank)`` numbers are drawn: first `B`, then `A`.
+        keys: int32, shape ``(draws, 2)``, from which the factors are drawn as `eggroll.perturbation` lays them out.
         rank: columns of each factor.
         bias_keys: int32, shape ``(draws, 2)``: the bias of member ``i`` is then `bias`, or 0, plus
             ``signs[i] * bias_scale`` times ``(out,)`` numbers drawn from ``bias_keys[d]``.
         bias_scale: sigma of the bias.
-        precision: the dtype to draw in, see `eggroll.prng.normal`; numbers are then rounded to the dtype of `x`.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`; numbers are then rounded to
+            the dtype of `x`.
 
     Returns:
         The dtype of `x`, shape ``(members, rows, out)``.
     """
     keys = keys.contiguous()
-    A, B = drawn(keys, x.shape[-1], precision), drawn(keys, 0, precision)
+    A, B = drawn(keys, x.shape[-1], precision, rng)
     return _linear(x, weight, bias, A, B, len(keys), rank, signs, scale, bias_keys, bias_scale, activation, fused)
 
 

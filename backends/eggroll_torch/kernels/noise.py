@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .drawing import blocks_of, normals
 from .launch import DTYPES, launch, narrow_table, power_of_two
 from .portable import narrow
 from .threefry import fold_in as _fold_in_registers
-from .threefry import key_at, normal
+from .threefry import key_at
 
 __all__ = ["draw_factors", "draw_rows", "fold_in"]
 
@@ -59,17 +60,30 @@ def _(keys, data):
 @triton.jit
 def _rows_kernel(
     keys, key_of, counter, table, out, rows, length, n_keys,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_C)
     row = (tl.program_id(0) // blocks * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    inside = (row < rows) & (column < length)
-    of_key = tl.load(key_of + column, mask=column < length, other=0)
-    place = tl.load(counter + column, mask=column < length, other=0)
-    k0, k1 = key_at(keys, row * n_keys + of_key, inside)
-    drawn = normal(k0, k1, place, table, PRECISION)
-    tl.store(out + row * length + column, narrow(drawn, DTYPE), mask=inside)
+    start = tl.program_id(0) % blocks * BLOCK_C
+    column = start + tl.arange(0, BLOCK_C)[None, :]
+    # What is drawn with one counter: a number with Threefry, four of them with Philox.
+    if RNG == "philox":
+        unit = blocks_of(start, BLOCK_C)[None, :]
+        units = length // 4
+    else:
+        unit = column
+        units = length
+    there = unit < units
+    of_key = tl.load(key_of + unit, mask=there, other=0)
+    k0, k1 = key_at(keys, row * n_keys + of_key, (row < rows) & there)
+    c0 = tl.load(counter + unit, mask=there, other=0)
+    c1 = c0
+    c2 = c0
+    if RNG == "philox":
+        c1 = tl.load(counter + units + unit, mask=there, other=0)
+        c2 = tl.load(counter + 2 * units + unit, mask=there, other=0)
+    drawn = normals(k0, k1, c0, c0, c1, c2, table, PRECISION, RNG)
+    tl.store(out + row * length + column, narrow(drawn, DTYPE), mask=(row < rows) & (column < length))
 
 
 @torch.library.custom_op("eggroll::draw_rows", mutates_args=())
@@ -79,24 +93,28 @@ def draw_rows(
     counter: Tensor,
     precision: str = "float32",
     dtype: torch.dtype = torch.float32,
+    rng: str = "threefry",
 ) -> Tensor:
     """Standard normal rows that hold, side by side, the draws of several keys.
 
     Args:
         keys: int32, shape ``(rows, n_keys, 2)``.
-        key_of: int32, shape ``(length,)``: whose draw each element of a row belongs to, in ``[0, n_keys)``.
-        counter: int32, shape ``(length,)``: which element of that draw it is.
+        key_of: int32, shape ``(n,)``: whose draw each element of a row belongs to, in ``[0, n_keys)``. With Philox of
+            each block of four elements.
+        counter: int32, shape ``(n,)``: which element of that draw it is. With Philox ``(3, n)``: the first three
+            words of each block's counter, see `eggroll.prng`.
         precision: the dtype to draw in, see `eggroll.prng.normal`.
         dtype: what the numbers are rounded to.
+        rng: the generator.
 
     Returns:
-        `dtype`, shape ``(rows, length)``.
+        `dtype`, shape ``(rows, n)``, with Philox ``(rows, 4 * n)``.
     """
     rows, n_keys, _ = keys.shape
-    length = len(counter)
+    length = _length(key_of, rng)
     out = keys.new_empty(rows, length, dtype=dtype)
     if out.numel():
-        columns = power_of_two(length, 1, _BLOCK)
+        columns = power_of_two(length, 4, _BLOCK)
         at_once = _BLOCK // columns
         launch(
             _rows_kernel,
@@ -105,6 +123,7 @@ def draw_rows(
             *(rows, length, n_keys),
             device=keys.device,
             PRECISION=precision,
+            RNG=rng,
             DTYPE=DTYPES[dtype],
             BLOCK_R=at_once,
             BLOCK_C=columns,
@@ -113,32 +132,45 @@ def draw_rows(
 
 
 @draw_rows.register_fake
-def _(keys, key_of, counter, precision="float32", dtype=torch.float32):
-    return keys.new_empty(keys.shape[0], counter.shape[0], dtype=dtype)
+def _(keys, key_of, counter, precision="float32", dtype=torch.float32, rng="threefry"):
+    return keys.new_empty(keys.shape[0], _length(key_of, rng), dtype=dtype)
+
+
+def _length(key_of: Tensor, rng: str) -> int:
+    return key_of.shape[0] * (4 if rng == "philox" else 1)
 
 
 @triton.jit
 def _factors_kernel(
     keys, coefficients, table, out, draws, rank, features, in_features,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(features, BLOCK_C)
-    row = (tl.program_id(0) // blocks * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    feature = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    # The tiles of B, then those of A.
+    tiles_B = tl.cdiv(in_features, BLOCK_C)
+    tiles = tiles_B + tl.cdiv(features - in_features, BLOCK_C)
+    of_A = tl.program_id(0) % tiles >= tiles_B
+    start = (tl.program_id(0) % tiles - tl.where(of_A, tiles_B, 0)) * BLOCK_C
+    first = tl.where(of_A, in_features, 0)
+    feature = first + start + tl.arange(0, BLOCK_C)[None, :]
+    end = tl.where(of_A, features, in_features)
+    row = (tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     draw = row // rank
     k0, k1 = key_at(keys, draw, draw < draws)
     c = tl.load(coefficients + draw, mask=draw < draws, other=0.0)
-    drawn = normal(k0, k1, feature * rank + row % rank, table, PRECISION)
+    stream = tl.where(of_A, 1, 0)
+    counter = feature * rank + row % rank
+    block = blocks_of(start, BLOCK_C)[None, :]
+    drawn = normals(k0, k1, counter, block, row % rank, stream, table, PRECISION, RNG)
     # Rounded twice where it is scaled: A is the same number as in the forward pass.
     drawn = narrow(drawn, DTYPE).to(tl.float32)
-    scaled = tl.where(feature >= in_features, c * drawn, drawn)
-    inside = (draw < draws) & (feature < features)
+    scaled = tl.where(of_A, c * drawn, drawn)
+    inside = (draw < draws) & (feature < end)
     tl.store(out + row.to(tl.int64) * features + feature, narrow(scaled, DTYPE), mask=inside)
 
 
 def draw_factors(
     keys: Tensor, coefficients: Tensor, rank: int, in_features: int, out_features: int, precision: str,
-    dtype: torch.dtype,
+    rng: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The factors of the noise of some draws as the update wants them: `A` scaled, the features side by side.
 
@@ -152,14 +184,16 @@ def draw_factors(
     """
     draws, features = len(keys), in_features + out_features
     out = keys.new_empty(draws, rank, features, dtype=dtype)
-    columns = power_of_two(features, 1, _BLOCK)
+    columns = power_of_two(max(in_features, out_features), 4, _BLOCK)
     at_once = _BLOCK // columns
+    tiles = triton.cdiv(in_features, columns) + triton.cdiv(out_features, columns)
     launch(
         _factors_kernel,
-        (triton.cdiv(features, columns) * triton.cdiv(draws * rank, at_once),),
+        (tiles * triton.cdiv(draws * rank, at_once),),
         *(keys, coefficients, narrow_table(precision, keys), out, draws, rank, features, in_features),
         device=keys.device,
         PRECISION=precision,
+        RNG=rng,
         DTYPE=DTYPES[dtype],
         BLOCK_R=at_once,
         BLOCK_C=columns,

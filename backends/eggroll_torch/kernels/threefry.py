@@ -5,9 +5,7 @@ import triton.language as tl
 
 from eggroll import prng
 
-from .normals import normal_of_bits
-
-__all__ = ["block", "fold_in", "key_at", "normal"]
+__all__ = ["block", "fold_in", "key_at"]
 
 _PARITY = tl.constexpr(prng.PARITY)
 
@@ -45,13 +43,3 @@ def block(k0, k1, counter):
 def fold_in(k0, k1, data):
     """The two words of the key derived from a key and a number, all uint32."""
     return block(k0, k1, data)
-
-
-@triton.jit
-def normal(k0, k1, counter, table, PRECISION: tl.constexpr):
-    """Standard normal numbers, float32: element `counter` of the draw of the key ``(k0, k1)``.
-
-    `PRECISION` is that of `eggroll.prng.normal`; for a narrow one `table` points at its normals.
-    """
-    x0, x1 = block(k0, k1, counter.to(tl.uint32))
-    return normal_of_bits(x0 ^ x1, table, PRECISION)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .drawing import blocks_of
 from .factors import factor
 from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .noise import draw_factors
@@ -34,7 +35,7 @@ def _update_kernel(
     total, coefficients,
     A_values, A_draw, A_feature, A_column, A_first, B_values, B_draw, B_feature, B_column, B_first, table,
     out_features, in_features, rank, terms, length, alpha, beta,
-    SCALED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr,
     MATMUL: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -43,8 +44,10 @@ def _update_kernel(
     tiles_n = tl.cdiv(in_features, BLOCK_N)
     group = tl.program_id(0) // (8 * tiles_n)
     height = tl.minimum(tiles_m - 8 * group, 8)
-    m = (8 * group + tl.program_id(0) % (8 * tiles_n) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % (8 * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = (8 * group + tl.program_id(0) % (8 * tiles_n) % height) * BLOCK_M
+    first_n = tl.program_id(0) % (8 * tiles_n) // height * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     m_in = m < out_features
     n_in = n < in_features
     start = tl.program_id(1) * length
@@ -58,11 +61,13 @@ def _update_kernel(
         # With the features along the rows of a tile neighbours in memory are neighbours in the tile.
         A = factor(
             A_values, A_draw, A_feature, A_column, A_first, table,
-            draw, m[None, :], column, rank, live & m_in[None, :], DRAWN, PRECISION, DTYPE,
+            draw, m[None, :], blocks_of(first_m, BLOCK_M)[None, :], column, rank, live & m_in[None, :],
+            DRAWN, PRECISION, RNG, DTYPE,
         )  # fmt: skip
         B = factor(
             B_values, B_draw, B_feature, B_column, B_first, table,
-            draw, n[None, :], column, rank, live & n_in[None, :], DRAWN, PRECISION, DTYPE,
+            draw, n[None, :], blocks_of(first_n, BLOCK_N)[None, :], column, rank, live & n_in[None, :],
+            DRAWN, PRECISION, RNG, DTYPE,
         )  # fmt: skip
         if SCALED:
             c = tl.load(coefficients + draw, mask=live, other=0.0)
@@ -106,6 +111,7 @@ def _add_sum_(
         SCALED=coefficients is not None,
         DRAWN=A.drawn,
         PRECISION=A.precision,
+        RNG=A.rng,
         DTYPE=DTYPES[dtype],
         MATMUL=dot_precision(dtype),
         ACCUMULATE=beta != 0 and parts == 1,
@@ -192,16 +198,17 @@ def add_low_rank_sum_drawn_(
     rank: int,
     dtype: torch.dtype = torch.float32,
     precision: str = "float32",
+    rng: str = "threefry",
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> None:
     """`add_low_rank_sum_` whose noise is drawn from its keys, at a time at most two bytes for an element of `total`.
 
     Args:
-        keys: int32, shape ``(draws, 2)``, from which ``(in + out, rank)`` numbers are drawn: first `B`, then `A`.
+        keys: int32, shape ``(draws, 2)``, from which the factors are drawn as `eggroll.perturbation` lays them out.
         rank: columns of each factor.
         dtype: what the factors are rounded to before they are multiplied.
-        precision: the dtype to draw in, see `eggroll.prng.normal`.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
     """
     _check(total, dtype)
     out_features, in_features = total.shape
@@ -211,7 +218,7 @@ def add_low_rank_sum_drawn_(
         scale_(total, beta)
         return
     if _one_tile(total, dtype):
-        sources = drawn(keys, in_features, precision), drawn(keys, 0, precision)
+        sources = drawn(keys, in_features, precision, rng)
         _add_sum_(total, coefficients, *sources, draws, rank, dtype, alpha, beta)
         return
     room = max(_SMALL_BUFFER, _BYTES_FOR_AN_ELEMENT * total.numel())
@@ -221,7 +228,7 @@ def add_low_rank_sum_drawn_(
     summed = torch.zeros_like(total, dtype=torch.float32) if wide else total
     for start in range(0, draws, step):
         here = slice(start, start + step)
-        A, B = draw_factors(keys[here], coefficients[here], rank, in_features, out_features, precision, dtype)
+        A, B = draw_factors(keys[here], coefficients[here], rank, in_features, out_features, precision, rng, dtype)
         scales = (1.0, 1.0) if wide else (alpha, 1.0 if start else beta)
         _add_sum_(summed, None, stored(A), stored(B), len(A), rank, dtype, *scales)
     if wide:

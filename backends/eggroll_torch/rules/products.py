@@ -19,12 +19,14 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
     noise = weight.noise
     if isinstance(noise.factors, DrawnFactors):
-        factors, rank, precision = [noise.factors.keys], noise.factors.rank, noise.factors.precision
+        factors, rank = [noise.factors.keys], noise.factors.rank
+        precision, rng = noise.factors.precision, noise.factors.rng
     else:
-        factors, rank, precision = [noise.A, noise.B], noise.A.shape[-1], "float32"
+        factors, rank = [noise.A, noise.B], noise.A.shape[-1]
+        precision, rng = "float32", "threefry"  # not used: the factors are there
     bias = None if bias is None else unwrapped(bias)
     x, W, bias, *factors = autocast_operands(x, plain(weight), bias, *factors)
-    return ops.perturbed_linear(x, W, bias, factors, rank, precision, *noise.operands())
+    return ops.perturbed_linear(x, W, bias, factors, rank, precision, rng, *noise.operands())
 
 
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:

@@ -6,6 +6,7 @@ and which instructions.
 
     python tests/torch_backend/kernels/compiling.py 90                   # what the test compiles for capability 9.0
     python tests/torch_backend/kernels/compiling.py 90 --every --table   # all dtypes and configurations, readable
+    python tests/torch_backend/kernels/compiling.py 90 --numbers         # instructions that a number takes to draw
 """
 
 import argparse
@@ -21,11 +22,14 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from eggroll_torch.kernels import dense, launch, linear, noise, update
+from eggroll_torch.kernels.drawing import bits, blocks_of, normals
+from eggroll_torch.kernels.threefry import key_at
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -39,7 +43,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels of cases with this in their name")
     parser.add_argument("--every", action="store_true", help="all cases, and all configurations of a kernel")
     parser.add_argument("--table", action="store_true", help="a line for each kernel instead of JSON")
+    parser.add_argument("--numbers", action="store_true", help="count the instructions that a number takes instead")
     options = parser.parse_args()
+    if options.numbers:
+        for rng, alone in itertools.product(("threefry", "philox"), (True, False)):
+            what = "32 bits" if alone else "a normal"
+            print(f"{rng:8s} {what:8s} {instructions_of_a_number(rng, alone, options.capability):6.1f}")
+        return
     found = []
     for name, run in cases(options.every):
         # On Ampere, to save time, what is the same code as for bfloat16 is left out.
@@ -118,12 +128,38 @@ def resources(cubin: bytes) -> dict[str, int]:
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),
         "instructions": len(names),
-        # Twenty for each number that a thread draws, and few others.
+        # Twenty for each number that a thread draws with Threefry, and few others.
         "rotations": names.count("SHF"),
+        # Products of 64 bits or their upper halves: twenty for four numbers with Philox, and few others.
+        "wide_products": sum(name == "IMAD" and rest.startswith((".HI", ".WIDE")) for name, rest in code.values()),
         "tensor_cores": names.count("HMMA") + names.count("HGMMA"),
         "warp_groups": names.count("HGMMA"),
         "spills_in_loops": sum(code[place][0] in {"LDL", "STL"} for place in looped(code)),
     }
+
+
+@triton.jit
+def _numbers_kernel(keys, out, RNG: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    k0, k1 = key_at(keys, 0, True)
+    start = tl.program_id(0) * BLOCK
+    place = start + tl.arange(0, BLOCK)
+    if BITS:
+        drawn = bits(k0, k1, place, blocks_of(start, BLOCK), 0, 0, RNG).to(tl.int32, bitcast=True)
+    else:
+        drawn = normals(k0, k1, place, blocks_of(start, BLOCK), 0, 0, out, "float32", RNG)
+    tl.store(out + place, drawn)
+
+
+def instructions_of_a_number(rng: str, alone: bool, capability: int) -> float:
+    """What each further number of a thread, or its bits alone, adds to a kernel that draws and writes."""
+    counts = []
+    for block in (2048, 4096):
+        out = torch.zeros(1, dtype=torch.int32 if alone else torch.float32)
+        keys = torch.zeros(1, 2, dtype=torch.int32)
+        arguments = {"keys": keys, "out": out, "RNG": rng, "BITS": alone, "BLOCK": block}
+        how = {"num_warps": 4, "enable_fp_fusion": False}
+        counts.append(compiled(_numbers_kernel, arguments, how, capability)["instructions"])
+    return (counts[1] - counts[0]) / (2048 / 128)
 
 
 def looped(code: dict[int, tuple[str, str]]) -> set[int]:
@@ -140,7 +176,16 @@ def line(found: dict[str, Any]) -> str:
     options = dict(found["options"])
     warps, stages, step = (options.get(name, "") for name in ("num_warps", "num_stages", "STEP"))
     blocks = "x".join(str(value) for name, value in options.items() if name.startswith("BLOCK"))
-    columns = ("registers", "stack", "spills_in_loops", "rotations", "instructions", "tensor_cores", "fusible")
+    columns = (
+        "registers",
+        "stack",
+        "spills_in_loops",
+        "rotations",
+        "wide_products",
+        "instructions",
+        "tensor_cores",
+        "fusible",
+    )
     numbers = " ".join(f"{name} {found[name]:4d}" for name in columns)
     return (
         f"{found['case']:64s} {found['kernel']:16s} {blocks:12s} warps {warps or 4} stages {stages:1} step {step:2} "
@@ -163,12 +208,18 @@ def cases(every: bool) -> Iterator[Case]:
         vector = torch.zeros(512, dtype=dtype)
         yield f"dense_of_members {name_of(dtype)}", partial(dense.dense_of_members, vector, keys, signs, 0.1)
     yield "add_dense_sum_drawn_", partial(dense.add_dense_sum_drawn_, torch.zeros(512), signs, keys)
+    philox = {"rng": "philox"}
+    blocks = torch.zeros(3, 1024, dtype=torch.int32)
+    yield "draw_rows philox", partial(noise.draw_rows, keys.view(2, 32, 2), blocks[0], blocks, **philox)
+    vector = torch.zeros(512)
+    yield "dense_of_members philox", partial(dense.dense_of_members, vector, keys, signs, 0.1, **philox)
+    yield "add_dense_sum_drawn_ philox", partial(dense.add_dense_sum_drawn_, vector, signs, keys, **philox)
     yield from linear_cases(every)
     yield from update_cases(every, keys, signs)
 
 
 def linear_cases(every: bool) -> Iterator[Case]:
-    """Members, draws, rows, rank, whether the input is shared, whether the noise is drawn."""
+    """Members, draws, rows, rank, whether the input is shared; stored noise, or noise drawn by Threefry or Philox."""
     populations = {
         "one row a member": (128, 64, 1, 1, False),
         "one row a member, rank 16": (128, 64, 1, 16, False),
@@ -184,21 +235,27 @@ def linear_cases(every: bool) -> Iterator[Case]:
         ("32 shared rows, rank 64", torch.bfloat16, "drawn"),
         ("one row a member", WIDE, "stored"),
         ("32 rows, rank 4", "tf32", "drawn"),
+        ("one row a member", torch.bfloat16, "drawn by philox"),
+        ("one row a member, rank 16", torch.float16, "drawn by philox"),
+        ("32 shared rows, rank 64", torch.bfloat16, "drawn by philox"),
+        ("32 rows, rank 4", "tf32", "drawn by philox"),
     ]
-    all_of_them = itertools.product(populations, (*NARROW[:1], WIDE, "tf32"), ("drawn", "stored"))
+    all_of_them = itertools.product(populations, (*NARROW[:1], WIDE, "tf32"), ("drawn", "drawn by philox", "stored"))
     for population, dtype, way in all_of_them if every else some:
         name = f"linear {dtype if dtype == 'tf32' else name_of(dtype)}, {population}, {way}"
-        yield name, partial(run_linear, *populations[population], dtype, way == "drawn")
+        yield name, partial(run_linear, *populations[population], dtype, way)
 
 
-def run_linear(members: int, draws: int, rows: int, rank: int, shared: bool, dtype: Any, drawn: bool) -> None:
+def run_linear(members: int, draws: int, rows: int, rank: int, shared: bool, dtype: Any, way: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     dtype = WIDE if dtype == "tf32" else dtype
     x = torch.zeros(*(() if shared else (members,)), rows, 1024, dtype=dtype)
     weight, bias, signs = torch.zeros(512, 1024, dtype=dtype), torch.zeros(512, dtype=dtype), torch.ones(members)
     keys = torch.zeros(draws, 2, dtype=torch.int32)
-    if drawn:
-        linear.linear_of_members_drawn(x, weight, bias, keys, rank, signs, 0.1, keys, 0.1, activation="silu")
+    if way != "stored":
+        rng = "philox" if way == "drawn by philox" else "threefry"
+        noisy = {"bias_keys": keys, "bias_scale": 0.1, "rng": rng, "activation": "silu"}
+        linear.linear_of_members_drawn(x, weight, bias, keys, rank, signs, 0.1, **noisy)
     else:
         A, B = torch.zeros(draws, 512, rank, dtype=dtype), torch.zeros(draws, 1024, rank, dtype=dtype)
         linear.linear_of_members(x, weight, bias, A, B, signs, 0.1, "gelu")
@@ -212,10 +269,12 @@ def update_cases(every: bool, keys: Tensor, coefficients: Tensor) -> Iterator[Ca
         what = f"{name_of(dtype)} rank {rank}"
         A, B = (torch.zeros(64, 512, rank, dtype=dtype) for _ in range(2))
         yield f"update stored, {what}", partial(update.add_low_rank_sum_, torch.zeros(512, 512), coefficients, A, B)
-        for size in sizes:
+        for size, rng in itertools.product(sizes, ("threefry", "philox")):
+            way = "drawn" if rng == "threefry" else "drawn by philox"
+            total = torch.zeros(size, size)
             yield (
-                f"update drawn, {what}, {size} features",
-                partial(update.add_low_rank_sum_drawn_, torch.zeros(size, size), coefficients, keys, rank, dtype),
+                f"update {way}, {what}, {size} features",
+                partial(update.add_low_rank_sum_drawn_, total, coefficients, keys, rank, dtype, rng=rng),
             )
 
 

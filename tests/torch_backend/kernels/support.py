@@ -18,10 +18,16 @@ def random_keys(*shape: int, device: torch.device) -> Tensor:
 
 
 def core_factors(
-    keys: Tensor, out_features: int, in_features: int, rank: int, dtype: torch.dtype, precision: prng.Precision
+    keys: Tensor,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    precision: prng.Precision = "float32",
+    rng: prng.Rng = "threefry",
 ) -> perturbation.LowRank:
     """The core's factors, drawn in `precision` and rounded to `dtype`."""
-    A, B = perturbation.low_rank_noise(keys.to(torch.uint32), (out_features, in_features), rank, precision)
+    A, B = perturbation.low_rank_noise(keys.to(torch.uint32), (out_features, in_features), rank, precision, rng)
     return perturbation.LowRank(A.to(dtype), B.to(dtype))
 
 

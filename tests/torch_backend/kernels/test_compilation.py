@@ -44,12 +44,15 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path):
     assert len(narrow) > 5
     for kernel in narrow:
         assert kernel["warp_groups" if capability == 90 else "tensor_cores"] > 0, kernel
-    projections = [
-        kernel for kernel in kernels if kernel["kernel"] == "_project_kernel" and "drawn" in kernel["case"]
-    ]
-    assert len(projections) > 2
-    for kernel in projections:
-        check_that_no_thread_draws_what_another_draws(kernel)
+    for way, check in [("drawn", check_threefry), ("drawn by philox", check_philox)]:
+        projections = [
+            kernel
+            for kernel in kernels
+            if kernel["kernel"] == "_project_kernel" and kernel["case"].endswith(f", {way}")
+        ]
+        assert len(projections) > 2
+        for kernel in projections:
+            check(kernel, numbers_of_a_thread(kernel))
 
 
 def compiled_for(capability: int, cache: Path) -> list[dict[str, Any]]:
@@ -73,8 +76,18 @@ def check_that_it_fits(kernel: dict[str, Any]) -> None:
     assert kernel["spills_in_loops"] <= (24 if kernel["options"].get("BLOCK_N") == 256 else 0), kernel
 
 
-def check_that_no_thread_draws_what_another_draws(kernel: dict[str, Any]) -> None:
-    """A number takes twenty rotations. Copies of a number must not be drawn again by each thread that holds one."""
+def numbers_of_a_thread(kernel: dict[str, Any]) -> float:
+    """How many a thread of a projection has to draw. Copies must not be drawn again by each thread that holds one."""
     rank = int(kernel["case"].partition("rank ")[2].partition(",")[0] or 1)
-    numbers = rank * kernel["options"]["BLOCK_K"] / (32 * kernel["options"]["num_warps"])
+    return rank * kernel["options"]["BLOCK_K"] / (32 * kernel["options"]["num_warps"])
+
+
+def check_threefry(kernel: dict[str, Any], numbers: float) -> None:
+    """A number takes twenty rotations."""
     assert 20 * numbers <= kernel["rotations"] <= 25 * numbers + 40, kernel
+
+
+def check_philox(kernel: dict[str, Any], numbers: float) -> None:
+    """A block takes twenty products, less what is known of the first, and no thread draws less than a block."""
+    blocks = max(numbers / 4, 1)
+    assert 15 * blocks <= kernel["wide_products"] <= 20 * blocks + 75, kernel

@@ -40,6 +40,18 @@ def test_precision(precision: prng.Precision, device: torch.device):
 
 
 @shapes
+def test_philox(shape: tuple[int, ...], device: torch.device):
+    weight, keys, signs = torch.randn(shape).to(device), random_keys(3, device=device), signs_of(6, 3, device)
+    noise = perturbation.dense_noise(keys.to(torch.uint32), shape, rng="philox")
+    expected = weight + signs.view(-1, *(1,) * len(shape)) * 0.3 * noise.repeat_interleave(2, 0)
+    assert error(dense.dense_of_members(weight, keys, signs, 0.3, rng="philox"), expected) < 1e-6
+    total, coefficients = torch.randn(shape).to(device), torch.randn(3).to(device)
+    expected = total + dense_sum(coefficients, noise)
+    dense.add_dense_sum_drawn_(total, coefficients, keys, rng="philox")
+    assert error(total, expected) < 1e-6
+
+
+@shapes
 @pytest.mark.parametrize("draws", [1, 3, 300, *([32768] if ON_GPU else [])])
 def test_sum(shape: tuple[int, ...], draws: int, device: torch.device):
     if draws == 300 and shape == (1025,) and not ON_GPU:

@@ -56,6 +56,8 @@ def without_kernels() -> Iterator[None]:
         yield
 
 
+rngs = pytest.mark.parametrize("rng", ["threefry", "philox"])
+
 # With the kernels, and without them.
 WAYS = (contextlib.nullcontext, without_kernels)
 
@@ -71,16 +73,16 @@ def test_noise_of_matrices_and_vectors_is_never_in_memory(device: torch.device):
     assert set(source.chunk(range(8)).noise) == {"conv.weight", "experts"}
 
 
-@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize(("antithetic", "rng"), [(True, "threefry"), (False, "threefry"), (True, "philox")], ids=str)
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_members_are_those_without_kernels(
-    dtype: torch.dtype, antithetic: bool, chunk_size: int | None, device: torch.device
+    dtype: torch.dtype, antithetic: bool, rng: str, chunk_size: int | None, device: torch.device
 ):
     x = torch.arange(8 * TOKENS).view(8, 1, TOKENS).to(device) % 7
     outputs, states = [], []
     for way in WAYS:
         with way():
-            trainer = trainer_of(dtype, device, antithetic=antithetic, chunk_size=chunk_size)
+            trainer = trainer_of(dtype, device, antithetic=antithetic, chunk_size=chunk_size, rng=rng)
             population = trainer.ask()
             outputs.append((population(x[0]), population(x, per_member=True)))
             states.append([population.state_dict(index) for index in (0, 5)])
@@ -91,22 +93,24 @@ def test_members_are_those_without_kernels(
             close(with_kernels[name], tensor, dtype)
 
 
-def test_factors_of_a_member_are_those_without_kernels(device: torch.device):
+@rngs
+def test_factors_of_a_member_are_those_without_kernels(rng: str, device: torch.device):
     noise = {"out": "frozen", "experts": "frozen"}
     adapters = []
     for way in WAYS:
         with way():
-            adapters.append(trainer_of(torch.float32, device, noise=noise).ask().lora(3))
+            adapters.append(trainer_of(torch.float32, device, noise=noise, rng=rng).ask().lora(3))
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[1].items():
         close(adapters[0][name], tensor, torch.float32)
 
 
-def test_a_run_is_that_without_kernels(dtype: torch.dtype, device: torch.device):
+@rngs
+def test_a_run_is_that_without_kernels(dtype: torch.dtype, rng: str, device: torch.device):
     runs = []
     for way in WAYS:
         with way():
-            trainer = trainer_of(dtype, device)
+            trainer = trainer_of(dtype, device, rng=rng)
             before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
             metrics = [trainer.step() for _ in range(1 if dtype != torch.float32 else 3)]
             runs.append((metrics, {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}))

@@ -64,10 +64,11 @@ class Layer:
         bias: str | None = None,
         activation: str | None = None,
         precision: prng.Precision = "float32",
+        rng: prng.Rng = "threefry",
     ):
         members, draws, rows, in_features, out_features = size
         self.options: dict[str, Any] = {"activation": activation}
-        self.precision, self.rank = precision, rank
+        self.precision, self.rng, self.rank = precision, rng, rank
         self.x = torch.randn(*(() if shared else (members,)), rows, in_features).to(device, dtype)
         self.weight = (torch.randn(out_features, in_features) / max(in_features, 1) ** 0.5).to(device, dtype)
         self.bias = self.bias_keys = None
@@ -78,7 +79,7 @@ class Layer:
         if bias in {"noisy", "noise alone"}:
             self.bias_keys = random_keys(draws, device=device)
         self.keys = random_keys(draws, device=device)
-        self.A, self.B = core_factors(self.keys, out_features, in_features, rank, dtype, precision)
+        self.A, self.B = core_factors(self.keys, out_features, in_features, rank, dtype, precision, rng)
         self.signs = signs_of(members, draws, device)
 
     def stored(self, **changes: Any) -> Tensor:
@@ -86,7 +87,7 @@ class Layer:
         return linear.linear_of_members(**(given | self.options | changes))
 
     def drawn(self, **changes: Any) -> Tensor:
-        names = ("x", "weight", "bias", "keys", "rank", "signs", "bias_keys", "precision")
+        names = ("x", "weight", "bias", "keys", "rank", "signs", "bias_keys", "precision", "rng")
         given = {name: getattr(self, name) for name in names} | {"scale": SCALE, "bias_scale": BIAS_SCALE}
         return linear.linear_of_members_drawn(**(given | self.options | changes))
 
@@ -98,7 +99,8 @@ class Layer:
         if self.bias is not None:
             out = out + (self.bias if self.bias.ndim == 1 else self.bias.unsqueeze(1)).double()
         if self.bias_keys is not None:
-            drawn = prng.normal(self.bias_keys.to(torch.uint32), self.weight.shape[:1], self.precision).double()
+            words, shape = self.bias_keys.to(torch.uint32), self.weight.shape[:1]
+            drawn = prng.normal(words, shape, self.precision, rng=self.rng).double()
             out = out + (BIAS_SCALE * signs)[:, None, None] * drawn[draw].unsqueeze(1)
         return FUNCTIONS[self.options["activation"]](out)
 
@@ -162,6 +164,26 @@ def test_noise_drawn_in_a_narrow_dtype(precision: prng.Precision, device: torch.
     layer = Layer(TYPICAL, torch.float32, device, rank=2, bias="noisy", precision=precision)
     assert error(layer.drawn(), layer.expected()) < 1e-5
     assert error(layer.drawn(precision="float32"), layer.expected()) > 1e-3
+
+
+@inputs
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_every_size_drawn_by_philox(size: Size, shared: bool, device: torch.device):
+    layer = Layer(size, torch.float32, device, rank=2, shared=shared, bias="noisy", rng="philox")
+    assert error(layer.drawn(), layer.expected()) < 1e-5
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(1, 1), (3, 3), (4, 12), (16, 1), (64, 3), (70, 3)])
+def test_every_rank_drawn_by_philox(rank: int, rows: int, dtype: torch.dtype, device: torch.device):
+    layer = Layer(Size(4, 2, rows, 33, 9), dtype, device, rank=rank, rng="philox")
+    assert error(layer.drawn(), layer.expected()) < TOLERANCES[dtype]
+    assert error(layer.drawn(rng="threefry"), layer.expected()) > TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_noise_drawn_by_philox_in_a_narrow_dtype(precision: prng.Precision, device: torch.device):
+    layer = Layer(TYPICAL, torch.float32, device, rank=2, bias="noise alone", precision=precision, rng="philox")
+    assert error(layer.drawn(), layer.expected()) < 1e-5
 
 
 @ways
@@ -243,6 +265,13 @@ def test_the_sum_over_inputs_in_parts(
     monkeypatch.setattr("eggroll_torch.kernels.launch._SHORTEST", 40)
     layer = Layer(Size(2, 1, 3, 200, 5), torch.float32, device, rank=3, shared=shared)
     assert error(way(layer), layer.expected()) < 1e-5
+
+
+def test_the_sum_over_inputs_in_parts_drawn_by_philox(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("eggroll_torch.kernels.launch._SHORTEST", 40)
+    for rows in (3, 12):
+        layer = Layer(Size(2, 1, rows, 200, 5), torch.bfloat16, device, rank=3, rng="philox")
+        assert error(layer.drawn(), layer.expected()) < TOLERANCES[torch.bfloat16]
 
 
 @inputs

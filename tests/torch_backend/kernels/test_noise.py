@@ -5,9 +5,10 @@ import pytest
 import torch
 from core.support import ulp_distance
 from torch import Tensor
-from torch_backend.kernels.support import ON_GPU, random_keys
+from torch_backend.kernels.support import ON_GPU, core_factors, error, random_keys
 
 from eggroll import prng
+from eggroll_torch.drawing import Draws, Rows
 from eggroll_torch.kernels import noise
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
@@ -60,6 +61,35 @@ def test_every_element_of_a_row_is_that_of_its_key(
     words = keys.cpu().to(torch.uint32)
     expected = torch.cat([prng.normal(words[:, k], (length,), precision) for k, length in enumerate(lengths)], dim=1)
     assert ulp_distance(drawn.cpu(), expected) <= (4 if precision == "float32" else 0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_block_of_philox_is_that_of_its_counter(precision: prng.Precision, device: torch.device):
+    """Draws of several shapes and streams, as the engine lays them out."""
+    draws = [Draws(2, (3, 5)), Draws(1, ()), Draws(3, (2, 1025), 1), Draws(1, (0, 3)), Draws(2, (130,), 7)]
+    keys = keys_of_every_kind(4, sum(draw.keys for draw in draws), device)
+    rows = Rows(draws, device, "philox")
+    first, words = 0, keys.cpu().to(torch.uint32)
+    for draw, drawn in zip(draws, rows.normals(keys, precision), strict=True):
+        own, first = words[:, first : first + draw.keys], first + draw.keys
+        expected = prng.normal(own, draw.shape, precision, rng="philox", stream=draw.stream)
+        assert drawn.shape == expected.shape
+        if drawn.numel():
+            assert ulp_distance(drawn.cpu(), expected) <= (4 if precision == "float32" else 0)
+
+
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
+@pytest.mark.parametrize(("out_features", "in_features", "rank"), [(1, 1, 1), (7, 33, 3), (1030, 5, 2), (4, 1025, 1)])
+def test_factors_of_the_update(
+    out_features: int, in_features: int, rank: int, rng: prng.Rng, dtype: torch.dtype, device: torch.device
+):
+    keys, coefficients = random_keys(3, device=device), torch.randn(3).to(device)
+    found = noise.draw_factors(keys, coefficients, rank, in_features, out_features, "float32", rng, dtype)
+    A, B = core_factors(keys, out_features, in_features, rank, dtype, rng=rng)
+    scaled = (A.float() * coefficients.view(-1, 1, 1)).to(dtype)
+    for factor, expected in zip(found, (scaled, B), strict=True):
+        assert factor.dtype == dtype
+        assert error(factor, expected) < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
 
 
 def test_rows_are_rounded_to_their_dtype(dtype: torch.dtype, device: torch.device):

@@ -16,14 +16,15 @@ def arguments(device: torch.device) -> dict[str, tuple]:
     """Of every operation, by name."""
     keys, signs = random_keys(DRAWS, device=device), signs_of(MEMBERS, DRAWS, device)
     places = torch.arange(6, dtype=torch.int32, device=device)
+    counters = torch.stack([places, places, places])
     A, B = torch.randn(DRAWS, OUT, RANK, device=device), torch.randn(DRAWS, IN, RANK, device=device)
     x, weight = torch.randn(MEMBERS, ROWS, IN, device=device), torch.randn(OUT, IN, device=device)
     coefficients, bias = torch.randn(DRAWS, device=device), torch.randn(OUT, device=device)
     return {
         "fold_in": (keys, places),
-        "draw_rows": (keys.view(1, DRAWS, 2), places % DRAWS, places, "bfloat16", torch.float16),
+        "draw_rows": (keys.view(1, DRAWS, 2), places % DRAWS, counters, "bfloat16", torch.float16, "philox"),
         "linear_of_members": (x, weight, bias, A, B, signs, 0.3, "relu", False),
-        "linear_of_members_drawn": (x, weight, None, keys, RANK, signs, 0.3, keys, 0.1, "float16", "gelu"),
+        "linear_of_members_drawn": (x, weight, None, keys, RANK, signs, 0.3, keys, 0.1, "float16", "philox", "gelu"),
         "add_low_rank_sum_": (torch.randn(OUT, IN, device=device), coefficients, A, B),
         "add_low_rank_sum_drawn_": (torch.randn(OUT, IN, device=device), coefficients, keys, RANK),
         "dense_of_members": (weight, keys, signs, 0.3),

@@ -44,12 +44,14 @@ class Sum:
         dtype: torch.dtype,
         device: torch.device,
         precision: prng.Precision = "float32",
+        rng: prng.Rng = "threefry",
     ):
         draws, out_features, in_features, self.rank = size
+        self.precision, self.rng = precision, rng
         self.keys = random_keys(draws, device=device)
         self.coefficients = torch.randn(draws).to(device)
         self.start = torch.randn(out_features, in_features).to(device)
-        self.factors = core_factors(self.keys, out_features, in_features, self.rank, dtype, precision)
+        self.factors = core_factors(self.keys, out_features, in_features, self.rank, dtype, precision, rng)
         wide = LowRank(*(factor.double() for factor in self.factors))
         self.change = low_rank_sum(self.coefficients.double(), wide)
 
@@ -58,10 +60,9 @@ class Sum:
         update.add_low_rank_sum_(total, self.coefficients, *self.factors, dtype, alpha, beta)
         return total
 
-    def drawn(self, dtype: torch.dtype, precision: str = "float32", alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-        total = self.start.clone()
-        options = dtype, precision, alpha, beta
-        update.add_low_rank_sum_drawn_(total, self.coefficients, self.keys, self.rank, *options)
+    def drawn(self, dtype: torch.dtype, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+        total, how = self.start.clone(), (self.precision, self.rng, alpha, beta)
+        update.add_low_rank_sum_drawn_(total, self.coefficients, self.keys, self.rank, dtype, *how)
         return total
 
 
@@ -84,7 +85,22 @@ def test_factors_drawn_in_a_narrow_dtype(
     precision: prng.Precision, size: tuple[int, int, int, int], device: torch.device
 ):
     case = Sum(size, torch.float32, device, precision)
-    assert error(case.drawn(torch.float32, precision) - case.start, case.change) < 1e-6
+    assert error(case.drawn(torch.float32) - case.start, case.change) < 1e-6
+
+
+@sizes
+@pytest.mark.usefixtures("_buffer")
+def test_factors_drawn_by_philox(size: tuple[int, int, int, int], device: torch.device):
+    case = Sum(size, torch.float32, device, rng="philox")
+    assert error(case.drawn(torch.float32) - case.start, case.change) < TOLERANCES[torch.float32]
+    case.rng = "threefry"
+    assert error(case.drawn(torch.float32) - case.start, case.change) > 0.01
+
+
+@pytest.mark.parametrize("size", SIZES[1:3], ids=["in the loader", "in a buffer"])
+def test_narrow_factors_drawn_by_philox(size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    case = Sum(size, dtype, device, "bfloat16", "philox")
+    assert error(case.drawn(dtype) - case.start, case.change) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("size", [(100, 5, 7, 2), (100, 40, 7, 2)], ids=["in the loader", "in a buffer"])

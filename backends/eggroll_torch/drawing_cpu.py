@@ -1,8 +1,8 @@
-"""Threefry draws on a CPU, compiled by Numba; the definition is `eggroll.prng`, the caller `threefry`.
+"""Draws on a CPU, compiled by Numba; the definition is `eggroll.prng`, the callers are `drawing` and `threefry`.
 
-A number takes 120 integer operations; to write and read it a few times would take as long again, so a block of
-numbers stays in the first cache from counter to normal. Only sums, products, divisions and square roots of IEEE 754
-are used, and the compiler may not contract them, so the normals are the same to the bit on every CPU.
+A number takes Threefry 120 integer operations; to write and read it a few times would take as long again, so a
+block of numbers stays in the first cache from counter to normal. Only sums, products, divisions and square roots of
+IEEE 754 are used, and the compiler may not contract them, so the normals are the same to the bit on every CPU.
 """
 
 import functools
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eggroll import prng
+from eggroll import philox, prng
 
 __all__ = ["draw", "fold_in"]
 
-# Elements whose bits are drawn before they become floats.
+# Elements whose bits are drawn before they become floats; whole blocks of Philox.
 _BLOCK = 1024
 # Elements that are worth a thread: below, on two cores, handing them out cost more than drawing them (300 us).
 _SHARE = 1 << 17
@@ -33,7 +33,10 @@ _NO_TABLE = np.empty(0, np.float32)
 _u32, _i32, _f32 = np.uint32, np.int32, np.float32
 _PARITY = _u32(prng.PARITY)
 _EVEN_ROTATIONS, _ODD_ROTATIONS = prng.ROTATIONS
-# What Numba keeps on disk is stamped with the time of this file alone: touch it when constants of `prng` change.
+_M0, _M1 = map(np.uint64, philox.MULTIPLIERS)
+_W0, _W1 = map(_u32, philox.WEYL)
+_ROUNDS = philox.ROUNDS
+# What Numba keeps on disk is stamped with the time of this file alone: touch it when constants of the core change.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = map(_f32, prng.ERFINV_CENTRAL)
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8 = map(_f32, prng.ERFINV_TAIL)
 _SQRT2, _LN2 = _f32(prng.SQRT2), _f32(math.log(2))
@@ -51,13 +54,18 @@ def fold_in(keys: np.ndarray, data: np.ndarray) -> np.ndarray:
     return out
 
 
-def draw(keys: Tensor, bounds: np.ndarray, kind: Literal["bits"] | prng.Precision) -> Tensor:
+def draw(
+    keys: Tensor, bounds: np.ndarray, runs: np.ndarray, kind: Literal["bits"] | prng.Precision, rng: prng.Rng
+) -> Tensor:
     """Rows that hold, side by side, the draws of several keys.
 
     Args:
         keys: int32, shape ``(rows, n_keys, 2)``.
-        bounds: int64, shape ``(n_keys + 1,)``: where in a row each key's elements start, and where the last's end.
+        bounds: int64, shape ``(n_runs + 1,)``: where in a row each run of elements, which count up from 0, starts,
+            and where the last ends. With Philox multiples of 4.
+        runs: uint32, shape ``(n_runs, 3)``: the key, the row and the stream of each; Threefry has the first alone.
         kind: normals of a precision, see `eggroll.prng.normal`; or the 32 random bits of each element.
+        rng: the generator.
 
     Returns:
         float32, or int32 for bits, of shape ``(rows, bounds[-1])``.
@@ -73,12 +81,12 @@ def draw(keys: Tensor, bounds: np.ndarray, kind: Literal["bits"] | prng.Precisio
         conversion, table, shift = _TABLE, prng.narrow_normals(kind), prng.MANTISSA_SHIFTS[kind]
 
     def fill(start: int, stop: int) -> None:
-        _fill(words, bounds, start, stop, conversion, table, shift, flat)
+        _fill(words, bounds, runs, rng == "philox", start, stop, conversion, table, shift, flat)
 
     threads = min(torch.get_num_threads(), flat.size // _SHARE)
     if threads > 1:
         # More parts than threads: a core that is taken for a while holds up one small part.
-        cuts = [flat.size * part // (4 * threads) for part in range(4 * threads + 1)]
+        cuts = [*(flat.size * part // (4 * threads) // 4 * 4 for part in range(4 * threads)), flat.size]
         list(_threads(torch.get_num_threads()).map(fill, cuts[:-1], cuts[1:]))
     elif flat.size:
         fill(0, flat.size)
@@ -143,6 +151,18 @@ def _threefry(k0, k1, counter):
 
 
 @_inlined
+def _philox(k0, k1, c0, c1, c2):
+    """The four words of the block of the key ``(k0, k1)`` at the counter ``(c0, c1, c2, 0)``."""
+    c3 = _u32(0)
+    for _ in range(_ROUNDS):
+        product0, product1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
+        c0, c1 = _u32(_u32(product1 >> np.uint64(32)) ^ c1 ^ k0), _u32(product1)
+        c2, c3 = _u32(_u32(product0 >> np.uint64(32)) ^ c3 ^ k1), _u32(product0)
+        k0, k1 = _u32(k0 + _W0), _u32(k1 + _W1)
+    return c0, c1, c2, c3
+
+
+@_inlined
 def _normal(bits):
     """``sqrt(2) * erfinv(u)`` as `eggroll.prng.normal` has it, of the uniform number that the bits stand for."""
     u = _f32(_i32(bits >> _u32(9))) * _UNIFORM_STEP - _UNIFORM_SHIFT
@@ -176,11 +196,20 @@ def _fold_in(keys, data, out):
 
 
 @numba.njit(error_model="numpy")
-def _bits(k0, k1, first, out):
+def _threefry_bits(k0, k1, first, out):
     """The bits of elements `first`, `first` + 1, ... of one key's draw."""
     for i in range(len(out)):
         x0, x1 = _threefry(k0, k1, _u32(first + _u32(i)))
         out[i] = _u32(x0 ^ x1)
+
+
+@numba.njit(error_model="numpy")
+def _philox_bits(k0, k1, row, stream, first, out):
+    """The bits of the elements of whole blocks, the first of which is block `first` of one row of a key's draw."""
+    for i in range(len(out) // 4):
+        out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3] = _philox(
+            k0, k1, _u32(first + _u32(i)), row, stream
+        )
 
 
 @numba.njit(error_model="numpy")
@@ -195,25 +224,33 @@ def _floats(bits, conversion, table, shift, out):
             out[i] = table[(bits[i] >> _u32(shift)) & _u32(len(table) - 1)]
 
 
-@_compiled("void(uint32[:, :, ::1], int64[::1], int64, int64, int64, float32[::1], int64, float32[::1])")
-def _fill(keys, bounds, start, stop, conversion, table, shift, out):
+@_compiled(
+    "void(uint32[:, :, ::1], int64[::1], uint32[:, ::1], boolean, int64, int64, int64, float32[::1], int64, "
+    "float32[::1])"
+)
+def _fill(keys, bounds, runs, philox, start, stop, conversion, table, shift, out):
     """Elements `start` to `stop` of all rows, one after the other."""
     block = np.empty(_BLOCK, np.uint32)
     length = bounds[-1]
     row, column = start // length, start % length
-    key = np.searchsorted(bounds, column, side="right") - 1
+    run = np.searchsorted(bounds, column, side="right") - 1
     while start < stop:
-        # Bits of as many keys as it takes to fill the block.
+        # Bits of as many runs as it takes to fill the block.
         filled, count = 0, min(_BLOCK, stop - start)
         while filled < count:
-            n = min(bounds[key + 1] - column, count - filled)
+            n = min(bounds[run + 1] - column, count - filled)
             part = block[filled : filled + n]
-            _bits(keys[row, key, 0], keys[row, key, 1], _u32(column - bounds[key]), part)
+            k0, k1 = keys[row, runs[run, 0], 0], keys[row, runs[run, 0], 1]
+            first = column - bounds[run]
+            if philox:
+                _philox_bits(k0, k1, runs[run, 1], runs[run, 2], _u32(first // 4), part)
+            else:
+                _threefry_bits(k0, k1, _u32(first), part)
             filled += n
             column += n
-            if column == bounds[key + 1]:
-                key += 1
+            if column == bounds[run + 1]:
+                run += 1
                 if column == length:
-                    row, column, key = row + 1, 0, 0
+                    row, column, run = row + 1, 0, 0
         _floats(block[:count], conversion, table, shift, out[start : start + count])
         start += count

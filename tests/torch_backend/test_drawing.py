@@ -20,30 +20,32 @@ from hypothesis import strategies as st
 
 from eggroll import prng
 from eggroll_torch import threefry
+from eggroll_torch.drawing import Draws, Rows, draw_uniforms
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
 with_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
-threefry_cpu = threefry._compiled_for_cpu()
-BLOCK = getattr(threefry_cpu, "_BLOCK", 1024)
-SHARE = getattr(threefry_cpu, "_SHARE", 1)
+loops = threefry.compiled_for_cpu()
+BLOCK = getattr(loops, "_BLOCK", 1024)
+SHARE = getattr(loops, "_SHARE", 1)
 
 
 @pytest.fixture(params=[pytest.param("Numba", marks=with_numba), "PyTorch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What draws: the compiled loops of a CPU, or PyTorch's operations, as on other devices."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(threefry, "_compiled_for_cpu", lambda: None)
+        monkeypatch.setattr(threefry, "compiled_for_cpu", lambda: None)
     return request.param
 
 
 on_both_paths = pytest.mark.usefixtures("path")
+rngs = pytest.mark.parametrize("rng", ["threefry", "philox"])
 
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, also for a few draws."""
-    if threefry_cpu is not None:
-        monkeypatch.setattr(threefry_cpu, "_SHARE", 1)
+    if loops is not None:
+        monkeypatch.setattr(loops, "_SHARE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -85,8 +87,8 @@ def test_fold_in_of_any_words(words: tuple[int, int], data: int):
     assert torch.equal(fast.to(torch.uint32), prng.fold_in(key, data))
 
 
-def rows_of(lengths: list[int]) -> threefry.Rows:
-    return threefry.Rows(lengths, torch.device("cpu"))
+def rows_of(lengths: list[int], rng: prng.Rng = "threefry") -> Rows:
+    return Rows([Draws(1, (length,)) for length in lengths], torch.device("cpu"), rng)
 
 
 LENGTHS = [
@@ -105,31 +107,63 @@ LENGTHS = [
 
 
 @pytest.mark.usefixtures("path", "two_threads")
+@rngs
 @pytest.mark.parametrize("rows", [0, 1, 2, 9])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_every_element_of_a_row_is_that_of_its_key(lengths: list[int], rows: int, precision: prng.Precision):
+def test_every_element_of_a_row_is_that_of_its_key(
+    lengths: list[int], rows: int, precision: prng.Precision, rng: prng.Rng
+):
     keys = keys_of(rows, len(lengths))
-    fast = rows_of(lengths).normals(keys.to(torch.int32), precision)
-    slow = torch.cat([prng.normal(keys[:, k], (length,), precision) for k, length in enumerate(lengths)], dim=1)
-    assert fast.shape == slow.shape
-    assert fast.numel() == 0 or ulp_distance(fast, slow) <= (4 if precision == "float32" else 0)
+    drawn = rows_of(lengths, rng).normals(keys.to(torch.int32), precision)
+    for k, (length, fast) in enumerate(zip(lengths, drawn, strict=True)):
+        assert fast.shape == (rows, 1, length)
+        if fast.numel():
+            slow = prng.normal(keys[:, k], (length,), precision, rng=rng)
+            assert ulp_distance(fast[:, 0], slow) <= (4 if precision == "float32" else 0)
+
+
+SHAPES = [
+    Draws(2, (3, 5)),
+    Draws(1, ()),
+    Draws(3, (2, 1, 4)),
+    Draws(2, (0, 7)),
+    Draws(0, (3,)),
+    Draws(1, (2, 0)),
+    Draws(2, (3, BLOCK + 3), 1),
+    Draws(1, (9,), 7),
+]
+
+
+@pytest.mark.usefixtures("path", "two_threads")
+@rngs
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_draws_of_any_shape_side_by_side(rows: int, rng: prng.Rng):
+    """Bits to the bit, in every axis and, with Philox, stream."""
+    draws = [draw if rng == "philox" else draw._replace(stream=0) for draw in SHAPES]
+    keys = keys_of(rows, sum(draw.keys for draw in draws))
+    first = 0
+    together = Rows(draws, torch.device("cpu"), rng)
+    for draw, bits in zip(draws, together.bits(keys.to(torch.int32)), strict=True):
+        own, first = keys[:, first : first + draw.keys], first + draw.keys
+        assert torch.equal(bits.to(torch.uint32), prng.bits(own, draw.shape, rng=rng, stream=draw.stream))
 
 
 @on_both_paths
-def test_one_thread_and_two_draw_the_same():
+@rngs
+def test_one_thread_and_two_draw_the_same(rng: prng.Rng):
     """Over a hundred thousand draws, as many as threads are worth."""
     key = prng.key(2**40 + 12345, xp=xp)
-    rows = rows_of([8 * SHARE + 1])
+    rows = rows_of([8 * SHARE + 1], rng)
     drawn = []
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            drawn.append(rows.bits(key.to(torch.int32).view(1, 1, 2)))
+            drawn += rows.bits(key.to(torch.int32).view(1, 1, 2))
         finally:
             torch.set_num_threads(before)
-    assert torch.equal(drawn[0][0].to(torch.uint32), prng.bits(key, (rows.length,)))
+    assert torch.equal(drawn[0][0, 0].to(torch.uint32), prng.bits(key, (8 * SHARE + 1,), rng=rng))
     assert torch.equal(drawn[0], drawn[1])
 
 
@@ -138,16 +172,17 @@ def test_the_normal_of_every_mantissa():
     """All 2**23 of them: `eggroll.prng` makes nothing of the other bits."""
     bits = np.arange(2**23, dtype=np.uint32) << 9
     fast = np.empty(2**23, np.float32)
-    threefry_cpu._floats(bits, threefry_cpu._NORMAL, threefry_cpu._NO_TABLE, 0, fast)
+    loops._floats(bits, loops._NORMAL, loops._NO_TABLE, 0, fast)
     uniform = prng._uniform_of(numpy_xp, np.arange(2**23, dtype=np.int32), 23)
     assert ulp_distance(fast, (prng._erfinv(numpy_xp, uniform) * prng.SQRT2).astype(np.float32)) <= 4
 
 
 @on_both_paths
-def test_the_tail_of_the_normals():
+@rngs
+def test_the_tail_of_the_normals(rng: prng.Rng):
     key = prng.key(3, xp=xp)
-    fast = rows_of([2**20]).normals(key.to(torch.int32).view(1, 1, 2))
-    assert ulp_distance(fast[0], prng.normal(key, (2**20,))) <= 4
+    (fast,) = rows_of([2**20], rng).normals(key.to(torch.int32).view(1, 1, 2))
+    assert ulp_distance(fast[0, 0], prng.normal(key, (2**20,), rng=rng)) <= 4
     assert float(fast.abs().max()) > 4.5
     assert float(fast.mean()) == pytest.approx(0, abs=5e-3)
     assert float(fast.std()) == pytest.approx(1, abs=5e-3)
@@ -158,10 +193,10 @@ PROGRAM = """
     {before}
     logging.basicConfig(level=logging.INFO)
     import torch
-    from eggroll_torch import threefry
+    from eggroll_torch.drawing import Draws, Rows
 
     keys = torch.tensor([[[1, 2]]], dtype=torch.int32)
-    print(threefry.Rows([3], torch.device("cpu")).normals(keys).tolist())
+    print(Rows([Draws(1, (3,))], torch.device("cpu")).normals(keys)[0].tolist())
 """
 
 
@@ -173,7 +208,7 @@ def drawn_by(before: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     expected = prng.normal(torch.tensor([1, 2], dtype=torch.uint32), (3,))
-    assert ulp_distance(torch.tensor(ast.literal_eval(done.stdout))[0], expected) <= 4
+    assert ulp_distance(torch.tensor(ast.literal_eval(done.stdout))[0, 0], expected) <= 4
     return done.stderr
 
 
@@ -193,7 +228,7 @@ def test_a_numba_that_cannot_be_imported_is_a_warning(error: str, tmp_path: Path
 
 @with_numba
 def test_where_numba_is_its_loops_are_compiled():
-    assert threefry_cpu is not None
+    assert loops is not None
 
 
 @with_numba
@@ -221,6 +256,8 @@ def test_words_of_another_dtype_or_number_are_an_error():
             draw(keys[:, :1])
     with pytest.raises(ValueError, match=r"at most 2\*\*31 - 1 elements, got 2147483648"):
         rows_of([1, 2**31])
+    with pytest.raises(ValueError, match="`rng` must be one of 'threefry', 'philox', got 'pcg64'"):
+        rows_of([1], "pcg64")
 
 
 @with_numba
@@ -229,16 +266,17 @@ def test_draws_in_a_forked_process():
     """A process that is forked after draws in threads has none of the threads."""
     program = """
         import os, signal, torch
-        from eggroll_torch import threefry, threefry_cpu
+        from eggroll_torch.drawing import Draws, Rows
+        from eggroll_torch.drawing_cpu import _SHARE
 
         torch.set_num_threads(2)
-        rows = threefry.Rows([4 * threefry_cpu._SHARE], torch.device("cpu"))
+        rows = Rows([Draws(1, (4 * _SHARE,))], torch.device("cpu"))
         key = torch.tensor([[[1, 2]]], dtype=torch.int32)
-        expected = rows.normals(key)
+        (expected,) = rows.normals(key)
         child = os.fork()
         if child == 0:
             signal.alarm(30)
-            os._exit(0 if torch.equal(rows.normals(key), expected) else 1)
+            os._exit(0 if torch.equal(rows.normals(key)[0], expected) else 1)
         assert os.waitpid(child, 0)[1] == 0
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
@@ -250,7 +288,7 @@ def test_draws_in_a_forked_process():
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 529), (3, 1, 5)], ids=str)
 def test_uniforms_are_the_upper_bits(shape: tuple[int, ...]):
     keys = keys_of(2, 3)
-    fast = threefry.draw_uniforms(keys.to(torch.int32), shape)
+    fast = draw_uniforms(keys.to(torch.int32), shape)
     expected = (prng.bits(keys, shape).to(torch.int64) >> 8).to(torch.float32) / 2**24
     assert torch.equal(fast, expected)
     assert fast.numel() == 0 or 0 <= float(fast.min()) <= float(fast.max()) < 1

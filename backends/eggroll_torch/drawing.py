@@ -1,0 +1,181 @@
+"""Fast draws in PyTorch, equal to `eggroll.prng` (integers to the bit, normals to a few ULP).
+
+One call draws rows that hold the draws of many keys, so the noise of all parameters of a member is one row, and a
+model of many small parameters is one call, too.
+
+On a CPU the loops are compiled (`drawing_cpu`, by Numba), on a GPU they are kernels (`kernels.noise`). PyTorch's own
+operations draw elsewhere, and where Numba or Triton cannot be imported.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eggroll import prng
+from eggroll.config import RNGS, as_choice
+
+from . import kernels, philox, threefry
+
+__all__ = ["Draws", "Rows", "draw_uniforms"]
+
+
+class Draws(NamedTuple):
+    """Draws of one shape from keys that follow each other."""
+
+    keys: int
+    """How many."""
+    shape: tuple[int, ...]
+    """Of what is drawn from each."""
+    stream: int = 0
+    """See `eggroll.prng.bits`."""
+
+
+class Rows:
+    """Draws rows that hold, side by side, the draws of several keys.
+
+    A row is cut into runs, each of which counts up from 0: with Threefry the draw of a key, with Philox each row of
+    it, filled up to whole blocks.
+
+    Args:
+        draws: what is drawn from the keys in turn.
+        device: where the rows are drawn.
+        rng: the generator, see `eggroll.prng`.
+
+    Raises:
+        ValueError: for a draw of more than 2**31 - 1 elements, or another generator.
+    """
+
+    def __init__(self, draws: Sequence[Draws], device: torch.device, rng: prng.Rng = "threefry"):
+        longest = max((math.prod(draw.shape) for draw in draws), default=0)
+        if longest >= 2**31:
+            raise ValueError(f"one draw must have at most 2**31 - 1 elements, got {longest}")
+        self._rng = rng
+        self._elements = 4 if as_choice("rng", rng, RNGS) == "philox" else 1  # of a block
+        self._draws = tuple(draws)
+        self._keys = sum(draw.keys for draw in draws)
+        self._runs, self._bounds = _runs(self._draws, self._shapes())
+        self._kernels = kernels.status(device).available
+        self._compiled = threefry.compiled_for_cpu() if device.type == "cpu" and not self._kernels else None
+        if self._compiled is None:
+            self._key_of, self._counter = self._places(device)
+
+    @property
+    def length(self) -> int:
+        """Numbers in a row, those included that only fill up blocks."""
+        return int(self._bounds[-1])
+
+    def normals(self, keys: Tensor, precision: prng.Precision = "float32") -> list[Tensor]:
+        """Standard normal numbers.
+
+        Args:
+            keys: int32, shape ``(rows, n_keys, 2)``.
+            precision: the dtype to draw in, see `eggroll.prng.normal`.
+
+        Returns:
+            For each entry of `draws` float32, shape ``(rows, draws.keys, *draws.shape)``: views of the rows.
+        """
+        self._check(keys)
+        if self._kernels:
+            from .kernels.noise import draw_rows
+
+            return self._parted(draw_rows(keys, self._key_of, self._counter, precision, rng=self._rng))
+        if self._compiled is not None:
+            return self._parted(self._compiled.draw(keys, self._bounds, self._runs, precision, self._rng))
+        return self._parted(_normals(self._bits(keys), precision))
+
+    def bits(self, keys: Tensor) -> list[Tensor]:
+        """The 32 random bits of every element, int32; `keys` and shapes as for `normals`."""
+        self._check(keys)
+        return self._parted(self._bits(keys))
+
+    def _bits(self, keys: Tensor) -> Tensor:
+        if self._compiled is not None:
+            return self._compiled.draw(keys, self._bounds, self._runs, "bits", self._rng)
+        k0, k1 = (keys[..., word].index_select(1, self._key_of) for word in (0, 1))
+        if self._rng == "threefry":
+            return threefry.bits(k0, k1, self._counter)
+        return philox.bits(k0, k1, *self._counter).flatten(1)
+
+    def _shapes(self) -> list[tuple[int, int, int]]:
+        """For each entry of `draws`: runs of a key, numbers in a run, and how many of those are elements."""
+        if self._rng == "threefry":
+            return [(1, math.prod(draw.shape), math.prod(draw.shape)) for draw in self._draws]
+        columns = [draw.shape[-1] if draw.shape else 1 for draw in self._draws]
+        rows = [math.prod(draw.shape[:-1]) for draw in self._draws]
+        return [(count, -(-length // 4) * 4, length) for count, length in zip(rows, columns, strict=True)]
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of each block of a row whose key's it is, and its counter: one word of Threefry's, three of Philox's."""
+        blocks = np.diff(self._bounds) // self._elements
+        first = np.repeat(self._bounds[:-1] // self._elements, blocks)
+        key, row, stream = np.repeat(self._runs, blocks, axis=0).T
+        counter = np.arange(len(first)) - first
+        if self._rng == "philox":
+            counter = np.stack([counter, row, stream])
+        of_key, place = (torch.from_numpy(words.astype(np.int32)) for words in (key, counter))
+        return of_key.to(device, non_blocking=True), place.to(device, non_blocking=True)
+
+    def _parted(self, rows: Tensor) -> list[Tensor]:
+        parts, end = [], 0
+        for draw, (count, length, elements) in zip(self._draws, self._shapes(), strict=True):
+            begin, end = end, end + draw.keys * count * length
+            runs = rows[:, begin:end].unflatten(1, (draw.keys, count, length))[..., :elements]
+            parts.append(runs.reshape(len(rows), draw.keys, *draw.shape))
+        return parts
+
+    def _check(self, keys: Tensor) -> None:
+        threefry.check_words("keys", keys)
+        if keys.shape[1:] != (self._keys, 2):
+            raise ValueError(f"`keys` must have shape (rows, {self._keys}, 2), got {tuple(keys.shape)}")
+
+
+def _runs(draws: Sequence[Draws], shapes: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The key, the row and the stream of every run, and where it starts and the last one ends.
+
+    Returns:
+        uint32, shape ``(runs, 3)``, and int64, shape ``(runs + 1,)``.
+    """
+    of_runs, lengths, first = [np.empty((0, 3), np.uint32)], [np.zeros(1, np.int64)], 0
+    for draw, (count, length, _) in zip(draws, shapes, strict=True):
+        key, row = np.divmod(np.arange(draw.keys * count), max(count, 1))
+        of_runs.append(np.stack([first + key, row, np.full_like(row, draw.stream)], axis=1).astype(np.uint32))
+        lengths.append(np.full(len(key), length, np.int64))
+        first += draw.keys
+    return np.concatenate(of_runs), np.cumsum(np.concatenate(lengths))
+
+
+def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers on [0, 1), the upper 24 bits of each draw: float32, shape ``(*keys.shape[:-1], *shape)``.
+
+    Args:
+        keys: int32, shape ``(..., 2)``.
+    """
+    (bits,) = Rows([Draws(1, tuple(shape))], keys.device).bits(keys.reshape(-1, 1, 2))
+    uniforms = bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
+    return uniforms.view(*keys.shape[:-1], *shape)
+
+
+def _normals(bits: Tensor, precision: prng.Precision) -> Tensor:
+    """Normals from 32 random bits each; overwrites `bits`. See `eggroll.prng.normal`."""
+    if precision != "float32":
+        mantissa_bits = prng.MANTISSA_BITS[precision]
+        shift = prng.MANTISSA_SHIFTS[precision]
+        table = torch.from_numpy(prng.narrow_normals(precision)).to(bits.device)
+        return table[bits.bitwise_right_shift_(shift).bitwise_and_((1 << mantissa_bits) - 1).long()]
+    u = bits.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1).to(torch.float32)
+    u.mul_(2.0**-22).sub_(1 - 2.0**-24)
+    w = torch.mul(u, u).neg_().log1p_().neg_()
+    in_tail = _polynomial(prng.ERFINV_TAIL, w.sqrt().sub_(3.0))
+    normals = torch.where(w >= 5.0, in_tail, _polynomial(prng.ERFINV_CENTRAL, w - 2.5))
+    return normals.mul_(u).mul_(prng.SQRT2)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    value = torch.mul(x, coefficients[0]).add_(coefficients[1])
+    for coefficient in coefficients[2:]:
+        value.mul_(x).add_(coefficient)
+    return value
