@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test test-wheel lint bench bench-gpu bench-peers bench-jax parity clean
+.PHONY: demo test test-wheel test-gpu lint bench bench-gpu bench-peers bench-jax parity clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -19,6 +19,14 @@ test: $(VENV)/.dev
 # The suite, on the wheel, from outside the repository.
 test-wheel: $(VENV)/.dev
 	$(BIN)/python tests/run_on_wheel.py $(PYTEST_ARGUMENTS) $(ON_WHEEL)
+
+# On a machine with a CUDA GPU: the kernels' tests, which compile for minutes, the parity command, and the kernels under
+# CUDA's memory checker.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 8 tests/torch_backend/kernels
+	$(BIN)/python -m eggroll.parity --backends torch-cuda
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/torch_backend/kernels/test_check.py tests/torch_backend/kernels/test_operations.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

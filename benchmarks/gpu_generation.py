@@ -183,6 +183,14 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     return statistics.median(times), peak
 
 
+def busy(run: Callable[[], object]) -> float:
+    """Milliseconds that the GPU itself works for a run: what would be left if the host were infinitely fast."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+
+
 @torch.no_grad()
 def measure(case: Case, device: torch.device) -> dict:
     """Every method on one layer: median milliseconds and bytes taken."""
@@ -192,11 +200,14 @@ def measure(case: Case, device: torch.device) -> dict:
     rows = torch.randn(case.members, case.width, device=device, dtype=torch.bfloat16)
     x = rows[:1] if case.shared else rows.unsqueeze(1)
     found = {}
-    for name, run in methods(case, model, rows, x).items():
+    runs = methods(case, model, rows, x)
+    for name, run in runs.items():
         try:
             found[name] = milliseconds(run, device)
         except torch.OutOfMemoryError as error:
             print(f"{case.name}: {name} does not fit: {error}", file=sys.stderr)
+    if "generation" in found:
+        found["generation, GPU busy"] = busy(runs["generation"]), found["generation"][1]
     full, seconds_of_full = full_rank(case, model, x, device)
     return {
         "width": case.width,
@@ -242,10 +253,15 @@ def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -
         noise = draw_rows(keys.unsqueeze(1), torch.zeros_like(counter), counter, "float32", torch.bfloat16)
         B, A = noise.view(len(draws), 2 * case.width, case.rank).split(case.width, dim=1)
 
-        def on_the_fly() -> torch.Tensor:
-            return linear_of_members_drawn(x, weight, None, fold_in(key, draws)[:, 0], case.rank, signs, SCALE)
+        def on_the_fly(fused: bool | None = None) -> torch.Tensor:
+            keys = fold_in(key, draws)[:, 0]
+            return linear_of_members_drawn(x, weight, None, keys, case.rank, signs, SCALE, fused=fused)
 
         chosen["forward, drawn"] = on_the_fly
+        if not case.shared:
+            # Which one "forward, drawn" is depends on the width alone.
+            chosen["forward, one kernel"] = lambda: on_the_fly(fused=True)
+            chosen["forward, library"] = lambda: on_the_fly(fused=False)
         chosen["forward, stored"] = lambda: linear_of_members(x, weight, None, A, B, signs, SCALE)
     return chosen
 
@@ -352,11 +368,12 @@ def table(report: dict) -> str:
         f"{best['GB/s']:.0f} GB/s (copy, read and written). One bfloat16 layer of d x d, a row for each member, "
         "antithetic pairs. Milliseconds, medians. A ratio is the time of pure batched inference (of a generation: of "
         "the products alone, inference and update) over that of the method; more is better. In brackets: the share "
-        "of the nearer ceiling, of products or of bytes. Memory is what a generation takes beyond model and inputs.",
+        "of the nearer ceiling, of products or of bytes. GPU busy is the time in which the GPU works; "
+        "in the rest it waits for the host. Memory is what a generation takes beyond model and inputs.",
         "",
         "| d | members | rank | input | inference | forward, drawn | ratio | forward, stored | ratio "
-        "| generation | ratio | generation, MB | full-rank ES * |",
-        "|" + "---|" * 13,
+        "| generation | ratio | GPU busy | ratio | generation, MB | full-rank ES * |",
+        "|" + "---|" * 15,
     ]
     layers = [case for name, case in report["cases"].items() if name != "mlp"]
     for case in sorted(layers, key=lambda c: (-c["width"], c["rank"], c["shared"], c["members"])):
@@ -385,11 +402,14 @@ def table(report: dict) -> str:
             *(text for n in ("forward, drawn", "forward, stored") for text in (cell(n), ratio(n, "pure inference"))),
             cell("generation"),
             ratio("generation", "two products"),
+            f"{t['generation, GPU busy']:.3f}" if "generation, GPU busy" in t else "-",
+            ratio("generation, GPU busy", "two products"),
             f"{case['bytes'].get('generation', math.nan) / 1e6:.0f}",
             f"{full['milliseconds of all']:.1f} ({full['members']})",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "\\* timed on the members in brackets, the most that fit, and scaled up."]
+    lines += ways_of_the_product(layers)
     if "mlp" in report["cases"]:
         t = report["cases"]["mlp"]["milliseconds"]
         lines += [
@@ -400,6 +420,22 @@ def table(report: dict) -> str:
             + ".",
         ]
     return "\n".join(lines) + "\n"
+
+
+def ways_of_the_product(layers: list[dict]) -> list[str]:
+    """By width, with an input for each member: one kernel against the library's product and a kernel after it."""
+    found = []
+    for width in sorted({case["width"] for case in layers}):
+        times = [
+            (case["milliseconds"]["forward, library"] / case["milliseconds"]["forward, one kernel"])
+            for case in layers
+            if case["width"] == width and "forward, library" in case["milliseconds"]
+        ]
+        if times:
+            found.append(f"{statistics.median(times):.2f} at d = {width}")
+    if not found:
+        return []
+    return ["", f"Time with the library's product over that of one kernel, medians of cases: {', '.join(found)}."]
 
 
 def plots(report: dict, out: Path) -> None:
@@ -433,8 +469,8 @@ def plots(report: dict, out: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.grid(alpha=0.3)
             axes.set_title(f"d = {width}, {'shared input' if shared else 'an input each'}", fontsize=9)
+    figure.supylabel("speed relative to the products alone", fontsize=10)
     for axes in grid[:, 0]:
-        axes.set_ylabel("speed relative to the products alone")
         axes.set_ylim(bottom=0)
     for axes in grid[-1]:
         axes.set_xlabel("members")

@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 SIGMA, RATE = 0.05, 0.1
 KEY = jax.random.key(0)
-OURS, CHUNKED, BASELINE = "eggroll.jax", "in chunks", "reference's way"
+OURS, WHOLE, BASELINE = "eggroll.jax", "all at once", "reference's way"
 FULL_RANK = "full-rank ES, reference's way"
 
 
@@ -96,13 +96,12 @@ def fitness_of(model):
     return fitness
 
 
-# What, the model, its parameters, the shape of the inputs, members, and how many of them at a time in the run in
-# chunks: as many as the caches hold
+# What, the model, its parameters, the shape of the inputs, members
 WORKLOADS = {
     "W1": ("MLP 784-256-256-10, 1024 members x 32 shared inputs, rank 1", mlp,
-           lambda: mlp_params([784, 256, 256, 10]), (32, 784), 1024, 128),
+           lambda: mlp_params([784, 256, 256, 10]), (32, 784), 1024),
     "W5": ("Transformer of 4 layers, d=256, 64 members x 4 x 64 tokens, rank 1", transformer,
-           lambda: transformer_params(4, 256), (4, 64, 256), 64, 2),
+           lambda: transformer_params(4, 256), (4, 64, 256), 64),
 }  # fmt: skip
 
 
@@ -120,7 +119,7 @@ def inference(model, members):
     return forward
 
 
-def ours(model, members, batch_size=None):
+def ours(model, members, batch_size="auto"):
     config = EggrollConfig(population_size=members, sigma=SIGMA)
 
     def fitness(params, x):
@@ -202,7 +201,7 @@ def measure(functions, arguments, repeats):
 def agreement(functions, arguments):
     """The largest difference of the parameters after one generation, relative to the largest step."""
     params = arguments[0]
-    after = [jax.jit(functions[name])(*arguments)[0] for name in (OURS, CHUNKED, BASELINE)]
+    after = [jax.jit(functions[name])(*arguments)[0] for name in (OURS, WHOLE, BASELINE)]
     *steps, expected = [jax.tree.leaves(jax.tree.map(jnp.subtract, tree, params)) for tree in after]
     gap = max(float(jnp.abs(a - b).max()) for step in steps for a, b in zip(step, expected, strict=True))
     return gap / max(float(jnp.abs(leaf).max()) for leaf in expected)
@@ -212,12 +211,12 @@ def rounded(values):
     return {name: round(value, 2) for name, value in values.items()}
 
 
-def memory(populations, batch_size):
+def memory(populations):
     """Peak bytes of temporaries of a compiled generation of a small MLP, by the compiler's own account."""
     params, x = mlp_params([64, 64, 8]), jnp.ones((8, 64))
     result = {}
     for members in populations:
-        for name, chunk in (("chunked", batch_size), ("whole", None)):
+        for name, chunk in ((OURS, "auto"), ("128 at a time", 128), (WHOLE, None)):
             compiled = jax.jit(ours(mlp, members, chunk)).lower(params, 0, x).compile()
             result.setdefault(name, {})[members] = compiled.memory_analysis().temp_size_in_bytes
     return result
@@ -239,22 +238,21 @@ def main():
         "repeats": options.repeats,
         "workloads": {},
     }
-    for name, (text, model, make, shape, members, batch_size) in WORKLOADS.items():
+    for name, (text, model, make, shape, members) in WORKLOADS.items():
         arguments = (make(), 0, jax.random.normal(KEY, shape))
         functions = {
             "inference": inference(model, members),
             OURS: ours(model, members),
-            CHUNKED: ours(model, members, batch_size),
+            WHOLE: ours(model, members, None),
             BASELINE: reference_way(model, members),
         }
         times, cpu = measure(functions, arguments, options.repeats)
         ratios, cpu_ratios = (
-            {key: values[key] / values[BASELINE] for key in (OURS, CHUNKED)} for values in (times, cpu)
+            {key: values[key] / values[BASELINE] for key in (OURS, WHOLE)} for values in (times, cpu)
         )
         gap = agreement(functions, arguments)
         report["workloads"][name] = {
             "text": text,
-            "batch_size": batch_size,
             "ms": times,
             "ratios": ratios,
             "cpu_ms": cpu,
@@ -263,11 +261,11 @@ def main():
         }
         if name == "W1" and options.full_rank:
             (full_rank, _) = measure({FULL_RANK: reference_way(model, members, full_rank=True)}, arguments, 1)
-            report["full_rank"] = {"ms": full_rank[FULL_RANK], "generations": full_rank[FULL_RANK] / times[CHUNKED]}
+            report["full_rank"] = {"ms": full_rank[FULL_RANK], "generations": full_rank[FULL_RANK] / times[OURS]}
             print(FULL_RANK, rounded(report["full_rank"]))
         print(name, rounded(times), "ratios", rounded(ratios), "of CPU time", rounded(cpu_ratios), f"gap {gap:.1e}")
     populations = [2**power for power in range(8, 15, 2)]
-    report["memory"] = {"batch_size": 128, "bytes": memory(populations, 128)}
+    report["memory"] = memory(populations)
     print("memory", report["memory"])
     write(report, options.out)
 
@@ -282,40 +280,39 @@ def write(report, out):
         f"taken in turns, load average {report['load_average']:.1f} at the start. "
         "`python benchmarks/jax_generation.py`.",
         "",
-        "| | inference, ms | eggroll.jax, ms | in chunks, ms | reference's way, ms | ratio to it | in chunks | "
-        "of CPU time, in chunks |",
+        "| | inference, ms | eggroll.jax, ms | all at once, ms | reference's way, ms | ratio to it | of CPU time | "
+        "all at once |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["workloads"].items():
         ms = row["ms"]
         lines.append(
-            f"| {name}: {row['text']}; chunks of {row['batch_size']} | {ms['inference']:.1f} | {ms[OURS]:.1f} | "
-            f"{ms[CHUNKED]:.1f} | {ms[BASELINE]:.1f} | {row['ratios'][OURS]:.2f} | {row['ratios'][CHUNKED]:.2f} | "
-            f"{row['cpu_ratios'][CHUNKED]:.2f} |"
+            f"| {name}: {row['text']} | {ms['inference']:.1f} | {ms[OURS]:.1f} | {ms[WHOLE]:.1f} | "
+            f"{ms[BASELINE]:.1f} | {row['ratios'][OURS]:.2f} | {row['cpu_ratios'][OURS]:.2f} | "
+            f"{row['ratios'][WHOLE]:.2f} |"
         )
     lines += [
         "",
         "Inference runs the unperturbed model on rows of its own for each member; in W1 the members share their "
-        "inputs, which saves the first layer's product.",
+        "inputs, which saves the first layer's product. By default members are evaluated in batches that stay in the "
+        "caches; `batch_size=None` evaluates all at once.",
         "",
     ]
     if full := report.get("full_rank"):
         lines += [
             f"Full-rank ES in the reference's way on W1: {full['ms']:.0f} ms, {full['generations']:.0f} times a "
-            "generation of eggroll.jax in chunks.",
+            "generation of eggroll.jax.",
             "",
         ]
     lines += [
-        "Temporaries of a compiled generation of an MLP 64-64-8, in MiB, "
-        f"{report['memory']['batch_size']} members at a time and all at once:",
+        "Temporaries of a compiled generation of an MLP 64-64-8, in MiB:",
         "",
-        "| members | chunked | whole |",
-        "|---|---|---|",
+        f"| members | {' | '.join(report['memory'])} |",
+        "|" + "---|" * (1 + len(report["memory"])),
     ]
-    sizes = report["memory"]["bytes"]
-    lines += [
-        f"| {n} | {sizes['chunked'][n] / 2**20:.2f} | {sizes['whole'][n] / 2**20:.2f} |" for n in sizes["whole"]
-    ]
+    sizes = report["memory"]
+    for n in sizes[WHOLE]:
+        lines.append(f"| {n} | {' | '.join(f'{values[n] / 2**20:.2f}' for values in sizes.values())} |")
     (out / "jax_generation.md").write_text("\n".join(lines) + "\n")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")

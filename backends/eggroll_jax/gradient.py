@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from eggroll import EggrollConfig
 from eggroll.config import as_bool
 
+from .batching import BatchSize, draws_to_sum
 from .direction import directions
 from .layout import Layout, plan
-from .population import draws_of, population_apply
+from .population import population_apply
 
 __all__ = ["es_value_and_grad"]
 
@@ -24,7 +25,7 @@ def es_value_and_grad(
     maximize: bool,
     has_aux: bool = False,
     layout: Layout = None,
-    batch_size: int | None = None,
+    batch_size: BatchSize = "auto",
     strict: bool = False,
     mesh: Mesh | None = None,
     axis_name: str = "members",
@@ -82,7 +83,7 @@ def es_value_and_grad(
             values if maximize else -values,
             config,
             sigma=sigma,
-            batch=None if batch_size is None else draws_of(batch_size, config),
+            batch=draws_to_sum(batch_size, config, chosen),
             mesh=mesh,
             axis_name=axis_name,
         )

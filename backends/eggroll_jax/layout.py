@@ -113,6 +113,12 @@ class Leaf:
             return self._length(self.rows), self._length(self.columns)
         return self.shape[len(self.stack) :]
 
+    def numbers(self, rank: int) -> int:
+        """How many random numbers a draw of it takes."""
+        if self.kind == "low_rank":
+            return self.layers * rank * sum(self.layer_shape)
+        return 0 if self.kind == "frozen" else math.prod(self.shape)
+
     def _length(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
 

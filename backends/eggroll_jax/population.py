@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from eggroll import EggrollConfig
-from eggroll.config import as_int
 from eggroll.perturbation import draws_and_signs
 
+from .batching import BatchSize, check_batch_size, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
 from .perturbed import PerturbedArray, one_warning_for_each_primitive
@@ -60,7 +60,7 @@ def population_apply(
     config: EggrollConfig,
     *,
     layout: Layout = None,
-    batch_size: int | None = None,
+    batch_size: BatchSize = "auto",
     strict: bool = False,
     mesh: Mesh | None = None,
     axis_name: str = "members",
@@ -71,8 +71,9 @@ def population_apply(
         fn: ``fn(params, *args)``, any pure function: `model.apply`, a call through `nnx.merge`, an Equinox module.
         config: the hyperparameters.
         layout: which parameters are matrices, dense or frozen; see `eggroll.jax.Layout`.
-        batch_size: members evaluated at a time, by `jax.lax.map`; all of them by default. Rounded up to whole pairs.
-            The result does not depend on it, the memory does.
+        batch_size: members evaluated at a time, by `jax.lax.map`, rounded up to whole pairs; None for all of them at
+            once. By default as many as keep the largest value of a batch small: within the caches of a CPU, or a
+            GiB elsewhere. The result does not depend on it, memory and time do.
         strict: whether an operation that has to materialise a matrix is an error instead of a warning.
         mesh: devices that share the members along its axis `axis_name`, by `jax.shard_map`; the others stay as
             they are.
@@ -93,7 +94,7 @@ def population_apply(
         >>> apply(jnp.zeros((3, 2)), jax.random.key(0), 0, jnp.ones((5, 3))).shape
         (8, 5, 2)
     """
-    step = None if batch_size is None else draws_of(as_int("batch_size", batch_size, 1), config)
+    check_batch_size(batch_size)
 
     def apply(
         params: Any,
@@ -108,6 +109,8 @@ def population_apply(
         one = [_one_member(arg) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
         traced = trace(lambda arrays, *args: fn(chosen.tree(arrays), *args), chosen.arrays(params), one)
         check_used(chosen, traced.used)
+        dense = (4 * leaf.numbers(config.rank) for leaf in chosen.leaves if leaf.kind == "dense")
+        step = draws_to_evaluate(batch_size, config, max(traced.largest, *dense, 0))
         # One draw serves the members of a pair: what has an axis of members becomes (draws, members of a draw).
         paired = [
             jax.tree.map(lambda leaf: jnp.reshape(leaf, (config.draws, -1, *jnp.shape(leaf)[1:])), arg)
@@ -159,11 +162,6 @@ class Inputs(NamedTuple):
     arrays: list[Any]
     keys: Array
     sigma: Any
-
-
-def draws_of(members: int, config: EggrollConfig) -> int:
-    """How many draws serve `members` members, rounded up."""
-    return -(-members // 2) if config.antithetic else members
 
 
 def _over_devices(

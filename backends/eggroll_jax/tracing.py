@@ -13,6 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import partial_eval
 
+from .batching import largest_value
+
 __all__ = ["Traced", "trace"]
 
 
@@ -24,6 +26,8 @@ class Traced(NamedTuple):
     out_tree: Any
     used: tuple[bool, ...]
     """Of each parameter, whether the output depends on it."""
+    largest: int
+    """Bytes of the largest value inside that depends on more than parameters."""
 
 
 def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any]) -> Traced:
@@ -36,7 +40,8 @@ def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any]) ->
     closed, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     interpret = quax.quaxify(jaxpr_as_fun(without_custom_vjp(closed)))
-    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]))
+    largest = largest_value(closed, len(arrays))
+    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]), largest)
 
 
 def without_custom_vjp(closed: ClosedJaxpr) -> ClosedJaxpr:

@@ -9,12 +9,11 @@ import optax
 from jax.sharding import Mesh
 
 from eggroll import EggrollConfig
-from eggroll.config import as_int
 
+from .batching import BatchSize, check_batch_size, draws_to_sum
 from .direction import directions
 from .keys import key_words
 from .layout import Layout, plan
-from .population import draws_of
 
 __all__ = ["EggrollState", "eggroll", "scale_by_eggroll"]
 
@@ -34,7 +33,7 @@ def scale_by_eggroll(
     *,
     sigma: Any = None,
     layout: Layout = None,
-    batch_size: int | None = None,
+    batch_size: BatchSize = "auto",
     template: Any = None,
     mesh: Mesh | None = None,
     axis_name: str = "members",
@@ -51,7 +50,7 @@ def scale_by_eggroll(
         sigma: instead of `config.sigma`; a number or a traced scalar, so that `optax.inject_hyperparams` can
             schedule it.
         layout: as in `population_apply`.
-        batch_size: members whose noise is held at a time; all of them by default.
+        batch_size: members whose noise is held at a time; None for all of them. By default that is 16 MiB of it.
         template: the whole tree of parameters, required where `update` sees a part of it (`optax.masked`,
             `optax.partition`), since a parameter's noise depends on its place among all.
         mesh, axis_name: devices that share the members, as in `population_apply`.
@@ -60,7 +59,7 @@ def scale_by_eggroll(
         A gradient transformation whose state is an `EggrollState`. Directions have the dtypes of the parameters.
     """
     key_words(key)
-    draws = None if batch_size is None else draws_of(as_int("batch_size", batch_size, 1), config)
+    check_batch_size(batch_size)
 
     def init(params: Any) -> EggrollState:
         _checked_plan(params, config, layout, template)
@@ -80,7 +79,7 @@ def scale_by_eggroll(
             fitness,
             config,
             sigma=sigma,
-            batch=draws,
+            batch=draws_to_sum(batch_size, config, chosen),
             mesh=mesh,
             axis_name=axis_name,
         )
@@ -98,7 +97,7 @@ def eggroll(
     weight_decay: Any = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     layout: Layout = None,
-    batch_size: int | None = None,
+    batch_size: BatchSize = "auto",
     template: Any = None,
     mesh: Mesh | None = None,
     axis_name: str = "members",

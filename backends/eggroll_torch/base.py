@@ -161,7 +161,8 @@ class Trainer(torch.optim.Optimizer):
             _check_lr(group["lr"])
         directions = self._directions(population.weights, scores)
         best = int(scores.argmax())
-        best_state = self._member_copy(population, best) if float(scores[best]) > self.best_fitness else None
+        better = float(scores[best]) > self.best_fitness
+        best_state = population.weights.materialise(best) if better else None
         with uninterrupted():
             self._descend(directions)
             if best_state is not None:
@@ -358,9 +359,9 @@ class Trainer(torch.optim.Optimizer):
     # Helpers.
 
     def _randomness_key(self) -> Tensor:
-        """The key of what is random in this generation besides the noise, int32 on the parameters' device."""
+        """The key of what is random in this generation besides the noise, int32 on the CPU."""
         key = threefry.fold_in(self._base_key.to(torch.int32), torch.tensor(_RANDOMNESS, dtype=torch.int32))
-        return threefry.fold_in(key, torch.tensor(self.generation, dtype=torch.int32)).to(self.device)
+        return threefry.fold_in(key, torch.tensor(self.generation, dtype=torch.int32))
 
     def _parameters_changed(self) -> None:
         """Called when the trained parameters or the key are others than before."""
@@ -380,9 +381,6 @@ class Trainer(torch.optim.Optimizer):
             raise
         # Schedulers attached to the trainer ask whether it has stepped, which tell() does without step().
         self._opt_called = True
-
-    def _member_copy(self, population: Population, index: int) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in population.weights.materialise(index).items()}
 
     def _copy_of_parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}

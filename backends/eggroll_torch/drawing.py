@@ -111,8 +111,8 @@ class Rows:
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of each block of a row whose key's it is, and its counter: one word of Threefry's, three of Philox's."""
-        starts = torch.from_numpy(self._bounds // self._elements).to(device)
-        runs = torch.from_numpy(self._runs.view(np.int32)).to(device)
+        starts = torch.from_numpy(self._bounds // self._elements).to(device, non_blocking=True)
+        runs = torch.from_numpy(self._runs.view(np.int32)).to(device, non_blocking=True)
         blocks, total = starts.diff(), self.length // self._elements
 
         def of_block(values: Tensor) -> Tensor:

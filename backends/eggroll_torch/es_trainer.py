@@ -112,7 +112,7 @@ class ESTrainer(Trainer):
 
     def _member_weights(self) -> MemberWeights:
         key = self._randomness_key()
-        with torch.no_grad(), seeded(key, _PERTURBATIONS):
+        with torch.no_grad(), seeded(key, _PERTURBATIONS, self.device):
             perturbations = self.sample_perturbations(self.population_size)
         expected = (self.population_size, sum(p.numel() for p in self._trainable.values()))
         if not isinstance(perturbations, Tensor) or tuple(perturbations.shape) != expected:

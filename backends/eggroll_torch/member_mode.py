@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import ops, threefry
+from .autocast import autocasts
 from .perturbed import unwrapped
 
 __all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform"]
@@ -30,7 +31,7 @@ class MemberMode(TorchFunctionMode):
     Args:
         member: int64, shape ``()``, the member's index in the population, or 0 for the same randomness in all; one
             for each member under `vmap`.
-        key: int32, shape ``(2,)``, the key of the generation's randomness.
+        key: int32, shape ``(2,)``, on the CPU, the key of the generation's randomness.
     """
 
     def __init__(self, member: Tensor, key: Tensor):
@@ -53,9 +54,9 @@ class MemberMode(TorchFunctionMode):
 
     def uniform(self, shape: torch.Size) -> Tensor:
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
-        key = threefry.fold_in(self._key, torch.tensor(self._calls, dtype=torch.int32, device=self._key.device))
+        key = threefry.fold_in(self._key, torch.tensor(self._calls, dtype=torch.int32))
         self._calls += 1
-        return ops.member_uniform(key, self._member, list(shape))
+        return ops.member_uniform(key.to(self._member.device, non_blocking=True), self._member, list(shape))
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -160,9 +161,8 @@ def _instance_norm(
 def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
     def answer(input, *args, **kwargs):
         out = function(input, *args, **kwargs)
-        kind = input.device.type
         # On a CPU, or without autocast, the result has the input's dtype, which `vmap` widens to that of the weight.
-        return out if kind != "cpu" and torch.is_autocast_enabled(kind) else out.to(input.dtype)
+        return out if input.device.type != "cpu" and autocasts(input.device) else out.to(input.dtype)
 
     return answer
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,7 @@ class ChunkNoise:
     Attributes:
         members: which members.
         signs: float32, shape ``(members,)``.
+        sign: the same as numbers on the host, which need not wait for the device.
         keys: int32, shape ``(draws, n_keys, 2)``, those of every layer of every parameter.
         noise: by parameter name: `LowRank` factors or a dense tensor, float32, with one leading entry for each draw.
             Of parameters whose noise kernels draw in registers there is none.
@@ -83,6 +85,7 @@ class ChunkNoise:
 
     members: range
     signs: Tensor
+    sign: tuple[float, ...]
     keys: Tensor
     noise: dict[str, perturbation.LowRank | Tensor]
 
@@ -112,7 +115,9 @@ class NoiseSource:
         self.config = config
         self.generation = generation
         self.device = parameters[0].parameter.device
-        self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(self.device)
+        self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(
+            self.device, non_blocking=True
+        )
         self._kernels = kernels.status(self.device).available
         self._first_key = dict(
             zip(
@@ -153,15 +158,20 @@ class NoiseSource:
         if self._last is not None and self._last.members == members:
             return self._last
         self._last = None  # drop the old chunk before the new one is drawn
-        index = torch.arange(members.start, members.stop, dtype=torch.int32, device=self.device)
+        # On the host: a GPU would be handed five launches for it, and asked for signs later.
+        index = np.arange(members.start, members.stop, dtype=np.int32)
         draws, signs = perturbation.draws_and_signs(index, self.config)
-        keys = self._draw_keys(draws[:: self.members_per_draw])
-        drawn = ChunkNoise(members, signs, keys, self._layout.draw(keys))
+        keys = self._draw_keys(self._sent(draws[:: self.members_per_draw]))
+        drawn = ChunkNoise(members, self._sent(signs), tuple(signs.tolist()), keys, self._layout.draw(keys))
         if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
             self._last = drawn
         return drawn
+
+    def _sent(self, array: np.ndarray) -> Tensor:
+        """An array of the host on the device, which may have work to do before it takes it."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
     def _draw_keys(self, draws: Tensor) -> Tensor:
         """The keys of some draws, int32 of shape ``(draws, n_keys, 2)``."""
@@ -240,7 +250,7 @@ class NoiseSource:
         """A parameter as one member of the chunk sees it, a tensor of its own, in `dtype` or the parameter's."""
         noise = self.noise_of_draw(parameter, chunk, index // self.members_per_draw)
         weight = parameter.parameter.detach()
-        sign = float(chunk.signs[index])
+        sign = chunk.sign[index]
         # Sum in float32 at least and round once: a narrow dtype would lose most of a small sigma.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if isinstance(noise, Tensor):
@@ -268,7 +278,7 @@ class _RowLayout:
             draws = [(parameter, draw) for parameter in members for draw in parameter.draws]
             rows = Rows([Draws(parameter.layers, *draw) for parameter, draw in draws], device, rng)
             keys = [first_key[parameter.name] + layer for parameter, _ in draws for layer in range(parameter.layers)]
-            self._blocks.append((precision, members, rows, torch.tensor(keys, device=device)))
+            self._blocks.append((precision, members, rows, torch.tensor(keys).to(device, non_blocking=True)))
 
     def draw(self, keys: Tensor) -> dict[str, perturbation.LowRank | Tensor]:
         """The noise by parameter name for rows of keys, int32 of shape ``(draws, n_keys, 2)``."""

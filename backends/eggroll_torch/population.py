@@ -30,7 +30,7 @@ class MemberWeights(Protocol):
     device: torch.device
     """Where the parameters are."""
     randomness_key: Tensor
-    """int32, shape ``(2,)``: the key of the generation's randomness apart from the noise, such as dropout."""
+    """int32, shape ``(2,)``, on the CPU: the key of what is random apart from the noise, such as dropout."""
     policy: Policy
     """What to do where the model cannot be vectorised as it is."""
 
@@ -283,7 +283,8 @@ class Population:
 
     def _seeded(self, member: int) -> contextlib.AbstractContextManager[None]:
         """PyTorch's global generators as `member`, or all of them alike, find them."""
-        return seeded(self.weights.randomness_key, 0 if self._randomness == "same" else member)
+        weights = self.weights
+        return seeded(weights.randomness_key, 0 if self._randomness == "same" else member, weights.device)
 
 
 class _Call:

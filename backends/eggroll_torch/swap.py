@@ -83,17 +83,18 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def seeded(key: Tensor, data: int) -> Iterator[None]:
+def seeded(key: Tensor, data: int, device: torch.device) -> Iterator[None]:
     """PyTorch's global generators, seeded from a key and a number, and put back afterwards.
 
     Args:
-        key: int32, shape ``(2,)``.
+        key: int32, shape ``(2,)``, on the CPU.
         data: folded into the key; -1 for what belongs to no member.
+        device: whose generator is seeded besides that of the CPU.
     """
-    devices = [key.device] if key.device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     # Neither PyTorch's operations, which a mode may be watching, nor torch.manual_seed, which formats a stack trace
     # for devices that are not there yet: each costs a millisecond, for every member.
-    high, low = prng.fold_in(key.cpu().numpy().view(np.uint32), data & 0xFFFFFFFF).tolist()
+    high, low = prng.fold_in(key.numpy().view(np.uint32), data & 0xFFFFFFFF).tolist()
     seed = (high << 32) | low
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)

@@ -8,7 +8,7 @@ from torch import Tensor
 from eggroll import perturbation
 from eggroll.update import direction_scale, weights_of_draws
 
-from .noise import NoiseSource
+from .noise import ChunkNoise, NoiseSource
 from .parameters import ParameterNoise
 
 __all__ = ["direction"]
@@ -27,51 +27,63 @@ def direction(
         progress: called after each chunk.
 
     Returns:
-        By parameter name, float32 (float64 for float64 parameters), in the shape of the parameter.
+        By parameter name, in the shape of the parameter: float32 (float64 for float64 parameters), but in the dtype
+        of a narrower parameter where a kernel sums all of its draws at once and rounds the sum.
     """
-    totals = {
-        parameter.name: torch.zeros(
-            (*parameter.stack, *parameter.layer),
-            dtype=torch.promote_types(parameter.parameter.dtype, torch.float32),
-            device=parameter.parameter.device,
-        )
-        for parameter in source.parameters
-    }
-    for members in chunks:
+    totals: dict[str, Tensor] = {}
+    chunks = list(chunks)
+    weights = weights.to(source.device, non_blocking=weights.device.type == "cpu")
+    for place, members in enumerate(chunks):
         chunk = source.chunk(members)
-        coefficients = weights_of_draws(
-            weights[members.start : members.stop].to(chunk.signs.device), chunk.signs, source.config
-        )
+        coefficients = weights_of_draws(weights[members.start : members.stop], chunk.signs, source.config)
         for parameter in source.parameters:
-            total = totals[parameter.name]
-            if source.in_registers(parameter):
-                _add_drawn_sum_(total, coefficients, source.keys(parameter, chunk), parameter)
-                continue
-            noise = source.noise(parameter, chunk)
-            c = coefficients.to(total.dtype)
-            if isinstance(noise, perturbation.LowRank):
-                _add_low_rank_sum_(total, c, noise)
-            else:
-                total.view(-1).addmv_(noise.reshape(len(noise), -1).to(total.dtype).mT, c)
+            if place == 0:
+                totals[parameter.name] = _new_total(source, parameter, alone=len(chunks) == 1)
+            _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, beta=float(place > 0))
         if progress is not None:
             progress()
-    return {
-        parameter.name: totals[parameter.name].mul_(_scale(source, parameter)).view(parameter.parameter.shape)
-        for parameter in source.parameters
-    }
+    return {parameter.name: totals[parameter.name].view(parameter.parameter.shape) for parameter in source.parameters}
 
 
-def _scale(source: NoiseSource, parameter: ParameterNoise) -> float:
+def _new_total(source: NoiseSource, parameter: ParameterNoise, alone: bool) -> Tensor:
+    """Where a parameter's sum goes, not filled; `alone` says that it is that of one chunk."""
+    weight = parameter.parameter
+    rounds_itself = alone and parameter.kind == "low_rank" and source.in_registers(parameter)
+    dtype = weight.dtype if rounds_itself else torch.promote_types(weight.dtype, torch.float32)
+    return torch.empty((*parameter.stack, *parameter.layer), dtype=dtype, device=weight.device)
+
+
+def _add_sum_(
+    total: Tensor,
+    coefficients: Tensor,
+    source: NoiseSource,
+    parameter: ParameterNoise,
+    chunk: ChunkNoise,
+    beta: float,
+) -> None:
+    """``total = beta * total`` and a chunk's part of the direction; with `beta` 0 `total` may hold anything."""
     low_rank = parameter.kind == "low_rank"
-    return float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
+    alpha = float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
+    if source.in_registers(parameter):
+        _add_drawn_sum_(total, coefficients, source.keys(parameter, chunk), parameter, alpha, beta)
+        return
+    noise = source.noise(parameter, chunk)
+    c = coefficients.to(total.dtype)
+    if isinstance(noise, perturbation.LowRank):
+        _add_low_rank_sum_(total, c, noise, alpha, beta)
+    else:
+        flat = noise.reshape(len(noise), -1).to(total.dtype)
+        total.view(-1).addmv_(flat.mT, c, alpha=alpha, beta=beta)
 
 
-def _add_drawn_sum_(total: Tensor, coefficients: Tensor, keys: Tensor, parameter: ParameterNoise) -> None:
-    """Adds the sum over draws of a parameter whose noise kernels draw, from its keys."""
+def _add_drawn_sum_(
+    total: Tensor, coefficients: Tensor, keys: Tensor, parameter: ParameterNoise, alpha: float, beta: float
+) -> None:
+    """`_add_sum_` for a parameter whose noise kernels draw, from its keys."""
     from .kernels.dense import add_dense_sum_drawn_
     from .kernels.update import add_low_rank_sum_drawn_
 
-    how = parameter.precision, parameter.rng
+    how = parameter.precision, parameter.rng, alpha, beta
     if parameter.kind == "dense":
         add_dense_sum_drawn_(total, coefficients, keys, *how)
     else:
@@ -80,16 +92,19 @@ def _add_drawn_sum_(total: Tensor, coefficients: Tensor, keys: Tensor, parameter
         add_low_rank_sum_drawn_(total, coefficients, keys, parameter.rank, dtype, *how)
 
 
-def _add_low_rank_sum_(total: Tensor, coefficients: Tensor, noise: perturbation.LowRank) -> None:
-    """Adds ``sum_d c_d * A_d @ B_d.T``: for each stacked layer one product over draws and columns."""
+def _add_low_rank_sum_(
+    total: Tensor, coefficients: Tensor, noise: perturbation.LowRank, alpha: float, beta: float
+) -> None:
+    """``total = beta * total + alpha * sum_d c_d * A_d @ B_d.T``: for each stacked layer one product."""
     stack = total.ndim - 2
     A = noise.A.to(total.dtype) * coefficients.view(-1, *(1,) * (stack + 2))
     left, right = _columns(A, stack), _columns(noise.B.to(total.dtype), stack)
     if stack:
         flat = total.view(-1, *total.shape[-2:])
-        flat.baddbmm_(left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]).mT)
+        left, right = left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])
+        flat.baddbmm_(left, right.mT, alpha=alpha, beta=beta)
     else:
-        total.addmm_(left, right.mT)
+        total.addmm_(left, right.mT, alpha=alpha, beta=beta)
 
 
 def _columns(factor: Tensor, stack: int) -> Tensor:

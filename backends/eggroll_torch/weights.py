@@ -19,14 +19,14 @@ class EggrollWeights:
     Args:
         source: the noise of the generation.
         policy: what to do about operations without a low-rank rule.
-        randomness_key: int32, shape ``(2,)``, the key of what is random in the model itself.
+        randomness_key: int32, shape ``(2,)``, on the CPU, the key of what is random in the model itself.
     """
 
     def __init__(self, source: NoiseSource, policy: Policy, randomness_key: Tensor):
         self.source = source
         self.policy = policy
         self.device = source.device
-        self.randomness_key = randomness_key.to(source.device)
+        self.randomness_key = randomness_key
         self.members_per_draw = source.members_per_draw
         self.numbers_in_a_draw = source.numbers_in_a_draw
 
@@ -81,6 +81,6 @@ class EggrollWeights:
             if parameter.kind == "low_rank":
                 noise = self.source.noise_of_draw(parameter, chunk, index // self.members_per_draw)
                 assert isinstance(noise, LowRank)
-                scale = float(chunk.signs[index]) * self.source.low_rank_scale(parameter)
+                scale = chunk.sign[index] * self.source.low_rank_scale(parameter)
                 factors[parameter.name] = noise.A * scale, noise.B
         return factors

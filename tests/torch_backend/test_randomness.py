@@ -65,6 +65,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "normal": draws(lambda x: torch.distributions.Normal(x, 1.0).sample()),
     "categorical": draws(lambda x: torch.distributions.Categorical(logits=x).sample((5,)).float()),
     "multinomial": draws(lambda x: torch.multinomial(torch.softmax(x, -1), 9).float()),
+    "randperm": draws(lambda x: x + torch.randperm(WIDTH)),
+    "randint": draws(lambda x: x + torch.randint(5, 10**6, (WIDTH,))),
+    "randint_like": draws(lambda x: torch.randint_like(x, 10**6)),
+    "uniform_": draws(lambda x: torch.empty_like(x).uniform_(-1, 3)),
+    "normal_": draws(lambda x: torch.empty_like(x).normal_()),
+    "bernoulli_": draws(lambda x: torch.empty_like(x).bernoulli_(0.3)),
+    "exponential_": draws(lambda x: torch.empty_like(x).exponential_(2.0)),
+    "gumbel": draws(lambda x: torch.distributions.Gumbel(x, 1.0).sample()),
+    "gumbel softmax": draws(lambda x: F.gumbel_softmax(x)),
+    "relaxed categorical": draws(lambda x: torch.distributions.RelaxedOneHotCategorical(1.0, logits=x).rsample()),
     "attention": draws(lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5, is_causal=True, scale=0.1)),
     "multi-head attention": lambda: SelfAttention(False),
     "multi-head attention with weights": lambda: SelfAttention(True),
@@ -135,11 +145,11 @@ def test_the_same_randomness_for_all_members(name: str, chunk_size: int | None, 
     assert differing(torch.stack([outputs[0], outputs_of(name, randomness="same", seed=5)[0]])) == 1
 
 
-# torch.randperm has no answer of its own: it draws from the generator, which is seeded for each chunk.
+# torch.poisson has no answer of its own: it draws from the generator, which is seeded for each chunk.
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_what_draws_from_the_generator_is_reproducible(randomness: str) -> None:
     def run() -> Tensor:
-        model = Random(lambda x: x + torch.randperm(WIDTH))
+        model = Random(lambda x: torch.poisson(x + 9))
         return trainer_of(model, randomness=randomness, chunk_size=4).ask()(X)
 
     first = run()
@@ -200,6 +210,14 @@ MOMENTS = [
     ("randn", lambda x: torch.randn(5000), 0.0, 1.0),
     ("normal", lambda x: torch.normal(torch.full((5000,), 3.0), 2.0), 3.0, 2.0),
     ("bernoulli", lambda x: torch.bernoulli(torch.full((5000,), 0.2)), 0.2, 0.4),
+    ("uniform_", lambda x: torch.empty(5000).uniform_(-1, 3), 1.0, 4 * 12**-0.5),
+    ("normal_", lambda x: torch.empty(5000).normal_(mean=2.0), 2.0, 1.0),
+    ("bernoulli_", lambda x: torch.empty(5000).bernoulli_(torch.full((5000,), 0.2)), 0.2, 0.4),
+    ("exponential_", lambda x: torch.empty(5000).exponential_(0.5), 2.0, 2.0),
+    ("randint", lambda x: torch.randint(-2, 3, size=(5000,)).float(), 0.0, 2**0.5),
+    ("randint to a bound", lambda x: torch.randint(high=5, size=[5000]).float(), 2.0, 2**0.5),
+    ("randint_like", lambda x: torch.randint_like(torch.empty(5000), low=1, high=6), 3.0, 2**0.5),
+    ("randperm", lambda x: torch.randperm(5000).float(), 2499.5, 5000 * 12**-0.5),
     ("alpha dropout", lambda x: F.alpha_dropout(torch.arange(5000.0) % 2 * 2 - 1, 0.3, True), 0.0, 1.0),
 ]
 
@@ -210,6 +228,24 @@ def test_moments(draw: Callable[[Tensor], Tensor], mean: float, std: float) -> N
     assert torch.isfinite(outputs).all()
     assert abs(float(outputs.mean()) - mean) < 5 * std / (MEMBERS * 5000) ** 0.5
     assert abs(float(outputs.std()) - std) < 0.02 * std
+
+
+def test_permutations_are_permutations() -> None:
+    drawn = trainer_of(Random(lambda x: torch.randperm(50) + 0 * x.sum().long())).ask()(X)
+    assert drawn.dtype == torch.int64
+    assert torch.equal(drawn.sort(-1).values, torch.arange(50).expand(MEMBERS, 50))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gumbel_softmax_draws_by_the_logits(hard: bool) -> None:
+    shares = torch.tensor([0.1, 0.3, 0.6])
+    model = Random(lambda x: F.gumbel_softmax(shares.log().expand(5000, 3), 0.5, hard) + 0 * x.sum())
+    drawn = trainer_of(model).ask()(X)
+    torch.testing.assert_close(drawn.sum(-1), torch.ones(MEMBERS, 5000))
+    if hard:
+        assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    first = torch.bincount(drawn.argmax(-1).flatten(), minlength=3) / (MEMBERS * 5000)
+    torch.testing.assert_close(first, shares, atol=0.012, rtol=0)
 
 
 @pytest.mark.parametrize("replacement", [False, True])

@@ -1,7 +1,8 @@
 """Triton kernels for a population on a GPU, each equal to the array-API core within its rounding.
 
 Importing this package needs neither Triton nor a GPU: `usable` says whether the kernels can take a tensor, and only
-then are the modules imported that hold them (`noise`, `linear`, `update`, `dense`).
+then are the modules imported that hold them (`noise`, `linear`, `update`, `dense`). On every GPU they are first
+compared with the core, see `check`; where one does not compile or does not agree, the PyTorch path runs.
 
 The kernels also run on a CPU, in Triton's interpreter, a thousand times slower than the PyTorch path: good for tests
 and for nothing else. So a CPU tensor is left to PyTorch even where ``TRITON_INTERPRET=1`` is set for other code,
@@ -93,7 +94,16 @@ def _status(kind: str, index: int | None, wish: str) -> Status:
     name = f"{torch.cuda.get_device_name(index)}, capability {'.'.join(map(str, capability))}"
     if capability < _CAPABILITY:
         return no(f"{name}, is below {'.'.join(map(str, _CAPABILITY))}")
-    return Status(True, "Triton compiles the kernels for the GPU", version, name)
+    if (problem := _problem(torch.device(f"{kind}:{index}"))) is not None:
+        _log.warning("kernels: %s: the PyTorch path runs instead", problem)
+        return no(f"on {name}, {problem}")
+    return Status(True, "Triton compiles the kernels for the GPU, where they agree with the core", version, name)
+
+
+def _problem(device: torch.device) -> str | None:
+    from . import check
+
+    return check.problem(device)
 
 
 @functools.cache

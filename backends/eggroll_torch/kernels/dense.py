@@ -9,6 +9,7 @@ from .drawing import blocks_of, normals
 from .launch import DTYPES, launch, narrow_table, power_of_two, splits
 from .portable import narrow
 from .threefry import key_at
+from .totals import add_, scale_
 
 __all__ = ["add_dense_sum_drawn_", "dense_of_members"]
 
@@ -100,18 +101,27 @@ def _dense_sum_kernel(
 
 @torch.library.custom_op("eggroll::add_dense_sum_drawn_", mutates_args={"total"})
 def add_dense_sum_drawn_(
-    total: Tensor, coefficients: Tensor, keys: Tensor, precision: str = "float32", rng: str = "threefry"
+    total: Tensor,
+    coefficients: Tensor,
+    keys: Tensor,
+    precision: str = "float32",
+    rng: str = "threefry",
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> None:
-    """``total += sum_d c_d * noise_d``, in float32 and in a fixed order.
+    """``total = beta * total + alpha * sum_d c_d * noise_d``, in float32 and in a fixed order.
 
     Args:
         total: float32, any shape.
         coefficients: float32, shape ``(draws,)``.
         keys: int32, shape ``(draws, 2)``.
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
+        alpha: see above.
+        beta: with 0 what `total` holds does not matter, as in `torch.addmm`.
     """
     draws, size = len(keys), total.numel()
     if draws == 0 or size == 0:
+        scale_(total, beta)
         return
     columns = power_of_two(size, 4, 256)
     at_once = _BLOCK // columns
@@ -130,9 +140,9 @@ def add_dense_sum_drawn_(
         BLOCK_D=at_once,
         BLOCK_C=columns,
     )
-    total.add_(partial.sum(0).view(total.shape))
+    add_(total, partial.sum(0).view(total.shape), alpha, beta)
 
 
 @add_dense_sum_drawn_.register_fake
-def _(total, coefficients, keys, precision="float32", rng="threefry"):
+def _(total, coefficients, keys, precision="float32", rng="threefry", alpha=1.0, beta=1.0):
     return None

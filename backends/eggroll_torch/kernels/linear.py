@@ -7,7 +7,9 @@ have rows in it, and a row is 0 in the columns of other draws. So every number o
 tile, whatever the rows of a member and whether pairs share it.
 
 Where the members share their input the product with the weight is computed once, by the library, and the second
-kernel reads it. So it is for float32 in full precision, which the library multiplies faster than Triton does.
+kernel reads it. So it is for float32 in full precision, which the library multiplies faster than Triton does, and for
+large weights, where the library's lead is worth a second pass over the output. Sizes alone decide which: what happens
+to be faster today would give other last bits tomorrow.
 """
 
 import functools
@@ -248,6 +250,9 @@ _TILES = (
     (64, 64, 4, 4),
     (32, 64, 4, 4),
 )
+# Input features from which on the library multiplies. Estimated: the second pass takes 424 / in_features of a product
+# at 700 TFLOP/s and 3.3 TB/s, the library is about an eighth faster. `make bench-gpu` times both.
+_LIBRARY_FROM = 4096
 # Where the product is there already.
 _TILE_OF_SUM = (64, 128, 8, 1)
 _INTERPRETED_TILE = (32, 32, 1, 1)
@@ -289,7 +294,7 @@ def _linear(
     bias_keys: Tensor | None,
     bias_scale: float,
     activation: str | None,
-    fused: bool,
+    fused: bool | None,
 ) -> Tensor:
     members, out_features = len(signs), len(weight)
     _check(x, weight, members, draws, activation)
@@ -298,22 +303,25 @@ def _linear(
     if out.numel() == 0:
         return out
     matmul = dot_precision(x.dtype)
-    product_here = fused and not shared and (x.dtype != torch.float32 or matmul == "tf32")
+    if shared or (x.dtype == torch.float32 and matmul == "ieee"):
+        fused = False
+    elif fused is None:
+        fused = in_features < _LIBRARY_FROM
     lines = x if shared else x.flatten(0, 1)
     base = out
-    if not product_here:
+    if not fused:
         base = torch.mm(lines, weight.mT) if shared else torch.mm(lines, weight.mT, out=out.view(-1, out_features))
     rows_of_draw = members // draws * rows
     columns = rank + (bias_keys is not None)
     tile = _INTERPRETED_TILE if INTERPRETED else _TILE_OF_SUM
-    block_m, block_n, warps, stages = (128, None, None, None) if product_here else tile
+    block_m, block_n, warps, stages = (128, None, None, None) if fused else tile
     constants: dict[str, Any] = {
         "SHARED": shared,
         "DRAWN": A.drawn,
         "PRECISION": A.precision,
         "RNG": A.rng,
         "DTYPE": DTYPES[x.dtype],
-        "PRODUCT": product_here,
+        "PRODUCT": fused,
         "EVEN": in_features % 64 == 0,
         "BIAS": "none" if bias is None else "shared" if bias.ndim == 1 else "own",
         "BIAS_NOISE": bias_keys is not None,
@@ -322,7 +330,7 @@ def _linear(
         "STEP": power_of_two(columns * -(-block_m // rows_of_draw), 1, 16),
     }
     kernel: Any = _tuned(16 if INTERPRETED else 128 // x.element_size())
-    if not product_here:
+    if not fused:
         kernel = _linear_kernel
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": warps, "num_stages": stages}
     launch(
@@ -368,7 +376,7 @@ def linear_of_members(
     signs: Tensor,
     scale: float,
     activation: str | None = None,
-    fused: bool = True,
+    fused: bool | None = None,
 ) -> Tensor:
     """A linear layer of all members of a chunk, whose noise is in memory.
 
@@ -383,8 +391,9 @@ def linear_of_members(
         signs: float32, shape ``(members,)``.
         scale: ``sigma / sqrt(rank)``.
         activation: one of `ACTIVATIONS`, or None.
-        fused: whether one kernel multiplies with the weight and adds the noise. The library multiplies where not,
-            and always where inputs are shared or float32 is multiplied in full precision.
+        fused: whether one kernel multiplies with the weight and adds the noise; by default it does unless the weight
+            is large. The library multiplies where not, and always where inputs are shared or float32 is multiplied in
+            full precision.
 
     Returns:
         The dtype of `x`, shape ``(members, rows, out)``.
@@ -407,7 +416,7 @@ def linear_of_members_drawn(
     precision: str = "float32",
     rng: str = "threefry",
     activation: str | None = None,
-    fused: bool = True,
+    fused: bool | None = None,
 ) -> Tensor:
     """`linear_of_members` whose noise is drawn where it is needed and never in memory.
 

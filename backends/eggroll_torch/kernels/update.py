@@ -1,11 +1,11 @@
-"""The sum of the low-rank update, ``total += sum_d c_d * A_d @ B_d.T``: one product over draws and columns.
+"""The low-rank update, ``beta * total + alpha * sum_d c_d * A_d @ B_d.T``: one product over draws and columns.
 
 The sum over the draws is split where the matrix alone does not fill the device; the parts are written side by side
 and added in a fixed order, so a run gives the same bits every time.
 
 Noise that is not in memory is drawn in the loader where every number is needed by one tile only. A larger matrix has
 many tiles that need the same number: it would be drawn for each of them, at a hundred instructions a time. There the
-noise of a chunk of draws is drawn once, into a buffer much smaller than the matrix.
+noise of a chunk of draws is drawn once, into a buffer smaller than the matrix.
 """
 
 from typing import Any
@@ -20,11 +20,13 @@ from .factors import factor, pinned
 from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .noise import draw_factors
 from .portable import INTERPRETED, narrow, product
+from .totals import add_, scale_
 
 __all__ = ["add_low_rank_sum_", "add_low_rank_sum_drawn_"]
 
-# The buffer for noise: a share of the total, or what is small anyway.
-_SHARE_OF_TOTAL = 1 / 8
+# The buffer for noise, bytes: those of half the elements of the total in float32, or what is small anyway. Sums that
+# need more than one buffer read and write all of the total for each.
+_BYTES_FOR_AN_ELEMENT = 2
 _SMALL_BUFFER = 16 << 20
 
 
@@ -32,12 +34,12 @@ _SMALL_BUFFER = 16 << 20
 def _update_kernel(
     total, coefficients,
     A_values, A_draw, A_feature, A_column, A_first, B_values, B_draw, B_feature, B_column, B_first, table,
-    out_features, in_features, rank, terms, length,
+    out_features, in_features, rank, terms, length, alpha, beta,
     SCALED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr,
     MATMUL: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the total, summed over one part, of `length`, of the draws' columns."""
+    """One tile of the total, summed over one part, of `length`, of the draws' columns; `beta` if `ACCUMULATE`."""
     tiles_m = tl.cdiv(out_features, BLOCK_M)
     tiles_n = tl.cdiv(in_features, BLOCK_N)
     group = tl.program_id(0) // (8 * tiles_n)
@@ -75,8 +77,9 @@ def _update_kernel(
         sums = product(tl.trans(A), B, sums, MATMUL)
     place = (tl.program_id(1).to(tl.int64) * out_features + m)[:, None] * in_features + n[None, :]
     inside = m_in[:, None] & n_in[None, :]
+    sums = sums * alpha
     if ACCUMULATE:
-        sums += tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+        sums += tl.load(total + place, mask=inside, other=0.0).to(tl.float32) * beta
     tl.store(total + place, narrow(sums, total.dtype.element_ty), mask=inside)
 
 
@@ -88,7 +91,8 @@ def _add_sum_(
     draws: int,
     rank: int,
     dtype: torch.dtype,
-    accumulate: bool,
+    alpha: float,
+    beta: float,
 ) -> None:
     out_features, in_features = total.shape
     terms = draws * rank
@@ -104,6 +108,7 @@ def _add_sum_(
         (tiles, parts),
         *(partial, A.values if coefficients is None else coefficients, *A.arguments, *B.arguments),
         *(narrow_table(A.precision, A.values), out_features, in_features, rank, terms, length),
+        *((alpha, beta) if parts == 1 else (1.0, 0.0)),
         device=total.device,
         SCALED=coefficients is not None,
         DRAWN=A.drawn,
@@ -111,7 +116,7 @@ def _add_sum_(
         RNG=A.rng,
         DTYPE=DTYPES[dtype],
         MATMUL=dot_precision(dtype),
-        ACCUMULATE=accumulate and parts == 1,
+        ACCUMULATE=beta != 0 and parts == 1,
         EVEN=terms % block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -120,8 +125,7 @@ def _add_sum_(
         num_stages=stages,
     )
     if parts > 1:
-        summed = partial.sum(0)
-        total.add_(summed) if accumulate else total.copy_(summed)
+        add_(total, partial.sum(0), alpha, beta)
 
 
 def _tile(
@@ -164,25 +168,28 @@ def add_low_rank_sum_(
     A: Tensor,
     B: Tensor,
     dtype: torch.dtype | None = None,
-    accumulate: bool = True,
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> None:
-    """``total += sum_d c_d * A_d @ B_d.T`` in float32, from factors in memory.
+    """``total = beta * total + alpha * sum_d c_d * A_d @ B_d.T`` in float32, from factors in memory.
 
     Args:
-        total: shape ``(out, in)``, contiguous; float32, or a narrower dtype, to which the sum is then rounded.
+        total: shape ``(out, in)``, contiguous; float32, or a narrower dtype, to which the result is then rounded.
         coefficients: float32, shape ``(draws,)``.
         A: any float dtype and strides, shape ``(draws, out, rank)``.
         B: likewise, shape ``(draws, in, rank)``.
         dtype: what ``c * A`` and `B` are rounded to before they are multiplied; by default that of `A`.
-        accumulate: False to overwrite `total` with the sum instead.
+        alpha: see above.
+        beta: with 0 what `total` holds does not matter, as in `torch.addmm`.
     """
     dtype = A.dtype if dtype is None else dtype
     _check(total, dtype)
     draws, _, rank = A.shape
     if total.numel() and draws:
-        _add_sum_(total, coefficients.float().contiguous(), stored(A), stored(B), draws, rank, dtype, accumulate)
-    elif not accumulate:
-        total.zero_()
+        coefficients = coefficients.float().contiguous()
+        _add_sum_(total, coefficients, stored(A), stored(B), draws, rank, dtype, alpha, beta)
+    else:
+        scale_(total, beta)
 
 
 @torch.library.custom_op("eggroll::add_low_rank_sum_drawn_", mutates_args={"total"})
@@ -194,9 +201,10 @@ def add_low_rank_sum_drawn_(
     dtype: torch.dtype = torch.float32,
     precision: str = "float32",
     rng: str = "threefry",
-    accumulate: bool = True,
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> None:
-    """`add_low_rank_sum_` whose noise is drawn from its keys, never more of it at a time than a part of `total`.
+    """`add_low_rank_sum_` whose noise is drawn from its keys, at a time at most two bytes for an element of `total`.
 
     Args:
         keys: int32, shape ``(draws, 2)``, from which the factors are drawn as `eggroll.perturbation` lays them out.
@@ -209,19 +217,24 @@ def add_low_rank_sum_drawn_(
     draws = len(keys)
     keys, coefficients = keys.contiguous(), coefficients.float().contiguous()
     if total.numel() == 0 or draws == 0:
-        if not accumulate:
-            total.zero_()
+        scale_(total, beta)
         return
     if _one_tile(total, dtype):
         sources = drawn(keys, in_features, precision, rng)
-        _add_sum_(total, coefficients, *sources, draws, rank, dtype, accumulate)
+        _add_sum_(total, coefficients, *sources, draws, rank, dtype, alpha, beta)
         return
-    room = max(_SMALL_BUFFER, int(_SHARE_OF_TOTAL * total.numel() * total.element_size()))
+    room = max(_SMALL_BUFFER, _BYTES_FOR_AN_ELEMENT * total.numel())
     step = max(1, room // ((in_features + out_features) * rank * dtype.itemsize))
+    # A narrow total would be rounded after every buffer.
+    wide = step < draws and total.dtype != torch.float32
+    summed = torch.zeros_like(total, dtype=torch.float32) if wide else total
     for start in range(0, draws, step):
         here = slice(start, start + step)
         A, B = draw_factors(keys[here], coefficients[here], rank, in_features, out_features, precision, rng, dtype)
-        _add_sum_(total, None, stored(A), stored(B), len(A), rank, dtype, accumulate or start > 0)
+        scales = (1.0, 1.0) if wide else (alpha, 1.0 if start else beta)
+        _add_sum_(summed, None, stored(A), stored(B), len(A), rank, dtype, *scales)
+    if wide:
+        add_(total, summed, alpha, beta)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import autocast_operands
 from ..perturbed import PerturbedWeight, plain, rule
 
 _CONVOLUTIONS: dict[Any, int] = {
@@ -37,7 +38,7 @@ def _convolution(function: Any, spatial: int) -> Any:
         if not _covers(input, weight, bias, spatial):
             return NotImplemented
         x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-        x, W, bias, A, B = _autocast(
+        x, W, bias, A, B = autocast_operands(
             x, plain(weight), bias, *weight.noise.of_member()
         )  # A (out, rank), B (in / groups * kernel, rank)
         rank = A.shape[1]
@@ -55,7 +56,7 @@ def _transposed_convolution(function: Any, spatial: int) -> Any:
         if not _covers(input, weight, bias, spatial):
             return NotImplemented
         x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-        x, W, bias, A, B = _autocast(
+        x, W, bias, A, B = autocast_operands(
             x, plain(weight), bias, *weight.noise.of_member()
         )  # A (in, rank), B (out / groups * kernel, rank)
         rank = A.shape[1]
@@ -72,15 +73,6 @@ for _function, _spatial in _CONVOLUTIONS.items():
     rule(_function)(_convolution(_function, _spatial))
 for _transposed, _spatial in _TRANSPOSED.items():
     rule(_transposed)(_transposed_convolution(_transposed, _spatial))
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> Any:
-    """The operands in the dtype that autocast, where it is on, gives them: `vmap` leaves some as they are."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
 def _covers(input: Tensor, weight: Any, bias: Any, spatial: int) -> bool:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..autocast import autocast_operands, autocasts
 from ..noise import DrawnFactors
 from ..perturbed import PerturbedWeight, plain, rule, unwrapped
 from .views import transposed
@@ -24,14 +25,14 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
         factors, rank = [noise.A, noise.B], noise.A.shape[-1]
         precision, rng = "float32", "threefry"  # not used: the factors are there
     bias = None if bias is None else unwrapped(bias)
-    x, W, bias, *factors = _autocast(x, plain(weight), bias, *factors)
+    x, W, bias, *factors = autocast_operands(x, plain(weight), bias, *factors)
     return ops.perturbed_linear(x, W, bias, factors, rank, precision, rng, *noise.operands())
 
 
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
     """``x[e] @ W_i[e].T`` for each matrix of a stack: `x` ``(stack, rows, in)``, `weight` ``(stack, out, in)``."""
     noise = weight.noise
-    return ops.perturbed_stacked_linear(*_autocast(x, plain(weight), noise.A, noise.B), *noise.operands())
+    return ops.perturbed_stacked_linear(*autocast_operands(x, plain(weight), noise.A, noise.B), *noise.operands())
 
 
 @rule(F.linear)
@@ -76,7 +77,7 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     product = _matmul(mat1, mat2)
     if product is NotImplemented:
         return product
-    if torch.is_autocast_enabled(product.device.type):
+    if autocasts(product.device):
         input = input.to(product.dtype)
     return torch.add(input * beta, product, alpha=alpha)
 
@@ -149,14 +150,3 @@ class _Contraction:
 
 def _stacks_match(weight: PerturbedWeight, other: Tensor) -> bool:
     return weight.noise.kernel is None and weight.ndim == other.ndim == 3 and weight.shape[0] == other.shape[0]
-
-
-def _autocast(x: Tensor, *others: Any) -> Any:
-    """The operands of a product in the dtype that autocast, where it is on, gives them; keys as they are."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        operand.to(dtype) if operand is not None and operand.is_floating_point() else operand
-        for operand in (x, *others)
-    )

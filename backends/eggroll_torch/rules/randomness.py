@@ -1,7 +1,7 @@
 """PyTorch's random functions, for which a member draws from its own key: the same whatever the chunk.
 
-Those that are not here, such as `Tensor.exponential_` and `torch.randperm`, draw from PyTorch's generator, which
-follows from the run's seed and, unless the randomness is the same for all members, from the first of the chunk.
+Those that are not here, such as `torch.poisson`, draw from PyTorch's generator, which follows from the run's seed
+and, unless the randomness is the same for all members, from the first of the chunk.
 """
 
 import math
@@ -23,6 +23,15 @@ _SATURATED = -1.7580993408473766
 def _normal(shape: torch.Size) -> Tensor:
     # In the middle of the 2**24 steps that a uniform number takes, so never 0 or 1.
     return torch.erfinv(uniform(shape) * 2 - (1 - 2.0**-24)) * math.sqrt(2)
+
+
+def _fine(shape: torch.Size) -> Tensor:
+    """Uniform numbers on [0, 1) of 48 bits, float64."""
+    return uniform(shape).double() + uniform(shape).double() * 2.0**-24
+
+
+def _exponential(shape: torch.Size, lambd: float = 1.0) -> Tensor:
+    return -torch.log(uniform(shape).double() + 2.0**-25) / lambd
 
 
 def _answers(function: Any, answer: Callable[..., Any]) -> None:
@@ -79,8 +88,50 @@ def _multinomial(input: Tensor, num_samples: int, replacement: bool = False) -> 
         drawn = uniform(torch.Size((*lead, num_samples))) * until[..., -1:]
         return (drawn.unsqueeze(-1) >= until.unsqueeze(-2)).sum(-1)
     # The first of a race are a draw without replacement (Gumbel, or exponential, top-k).
-    arrival = -torch.log(uniform(shares.shape).double() + 2.0**-25) / shares
-    return torch.topk(arrival, num_samples, largest=False).indices
+    return torch.topk(_exponential(shares.shape) / shares, num_samples, largest=False).indices
+
+
+def _permutation(n: int, *, dtype: torch.dtype = torch.int64, **options: Any) -> Any:
+    return _fine(torch.Size([n])).argsort().to(dtype) if set(options) <= _OPTIONS else NotImplemented
+
+
+def _integers(*bounds: Any, size: Any = None, dtype: torch.dtype = torch.int64, **options: Any) -> Any:
+    """``randint(high, size)`` or ``randint(low, high, size)``, each argument by its place or by its name."""
+    if size is None and bounds:
+        bounds, size = bounds[:-1], bounds[-1]
+    low = options.pop("low", bounds[0] if len(bounds) == 2 else 0)
+    high = options.pop("high", bounds[-1] if bounds else None)
+    if size is None or high is None or not set(options) <= _OPTIONS or not low < high <= low + 2**32:
+        return NotImplemented
+    return (low + (_fine(torch.Size(size)) * (high - low)).floor()).to(dtype)
+
+
+def _integers_like(input: Tensor, *bounds: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    return _integers(*bounds, size=input.shape, dtype=dtype or input.dtype, **options)
+
+
+def _gumbel_softmax(logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
+    x = unwrapped(logits)
+    soft = torch.softmax((x - _exponential(x.shape).log().to(x.dtype)) / tau, dim)
+    return torch.zeros_like(soft).scatter(dim, soft.argmax(dim, keepdim=True), 1.0) if hard else soft
+
+
+def _in_place(draw: Callable[..., Tensor]) -> Callable[..., Any]:
+    """`draw` takes a shape and the arguments of the method."""
+
+    def answer(input: Tensor, *args: Any, **options: Any) -> Any:
+        drawn = draw(input.shape, *args, **options)
+        try:
+            return input.copy_(drawn)
+        except RuntimeError:  # of a tensor that all members share, which PyTorch refuses, or fills for all alike
+            return NotImplemented
+
+    return answer
+
+
+def _uniform_between(shape: torch.Size, low: float = 0.0, high: float = 1.0, **options: float) -> Tensor:
+    low, high = options.get("from", low), options.get("to", high)
+    return low + (high - low) * uniform(shape)
 
 
 def _alpha_dropout(by_channel: bool) -> Callable[..., Any]:
@@ -106,6 +157,14 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.normal: _normal_with,
     torch.multinomial: _multinomial,
     torch.Tensor.multinomial: _multinomial,
+    torch.randperm: _permutation,
+    torch.randint: _integers,
+    torch.randint_like: _integers_like,
+    torch.Tensor.uniform_: _in_place(_uniform_between),
+    torch.Tensor.normal_: _in_place(lambda shape, mean=0.0, std=1.0: mean + std * _normal(shape)),
+    torch.Tensor.bernoulli_: _in_place(lambda shape, p=0.5: uniform(shape) < p),
+    torch.Tensor.exponential_: _in_place(_exponential),
+    F.gumbel_softmax: _gumbel_softmax,
     F.alpha_dropout: _alpha_dropout(by_channel=False),
     F.feature_alpha_dropout: _alpha_dropout(by_channel=True),
 }

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels where it cannot run."""
+"""The benchmark of the kernels where it cannot run, and what it makes of figures."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu_generation.py"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+SCRIPT = BENCHMARKS / "gpu_generation.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it can run")
@@ -19,3 +20,34 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
     assert done.stdout == ""
     assert done.stderr == "There is no CUDA device here: nothing was measured and nothing written.\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Device time is short: a report must not fail after the measuring."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_generation
+
+    times = {"pure inference": 2.0, "two products": 3.0, "generation": 6.0, "generation, GPU busy": 4.0}
+    forwards = {"forward, drawn": 2.5, "forward, stored": 2.2, "forward, one kernel": 2.5, "forward, library": 3.0}
+    full = {"members": 8, "milliseconds of all": 99.0}
+    cases = {}
+    for case in gpu_generation.all_cases():
+        # What does not fit is missing: every method does somewhere.
+        there = {name: time for name, time in (times | forwards).items() if case.width < 8192 or name != "generation"}
+        sizes = {"width": case.width, "members": case.members, "rank": case.rank, "shared": case.shared}
+        found = {"milliseconds": there, "bytes": dict.fromkeys(there, 5_000_000), "full-rank ES": full}
+        cases[case.name] = {**sizes, **found}
+    cases["mlp"] = {"members": 65_536, "milliseconds": {"generation": 2.0, "EvoX": 30.0}, "bytes": {}}
+    machine = {"device": "an invented GPU", "torch": "2", "triton": "3", "python": "3"}
+    report = {"machine": machine, "ceilings": {"TFLOP/s": 700.0, "GB/s": 3000.0}, "cases": cases}
+
+    gpu_generation.write(report, tmp_path)
+    table = (tmp_path / "gpu_generation.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(cases)  # and the head, without the MLP
+    assert "| 0.80 |" in table
+    assert "| 0.50 | 4.000 | 0.75 | 5 | 99.0 (8) |" in table
+    assert "1.20 at d = 1024, 1.20 at d = 4096, 1.20 at d = 8192" in table
+    assert "EvoX 30.0 ms (15.0 times a generation here)" in table
+    assert (tmp_path / "gpu_generation.png").stat().st_size > 10_000

@@ -75,6 +75,11 @@ def test_sum_in_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     again = torch.zeros(33, device=device)
     dense.add_dense_sum_drawn_(again, coefficients, keys)
     assert torch.equal(total, again)
+    dense.add_dense_sum_drawn_(again, coefficients, keys, alpha=-2.0, beta=0.5)
+    assert error(again, 0.5 * total - 2 * expected) < 2e-6
+    again.fill_(torch.nan)
+    dense.add_dense_sum_drawn_(again, coefficients, keys, beta=0.0)
+    assert torch.equal(total, again)
 
 
 def test_strided_and_empty_parameters(device: torch.device):

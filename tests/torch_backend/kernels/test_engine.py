@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import kernels
+from eggroll_torch.update import direction
 
 ROWS, TOKENS = 3, 4
 
@@ -126,6 +127,19 @@ def test_a_run_is_that_without_kernels(dtype: torch.dtype, rng: str, device: tor
                 steps[name].float().flatten(), step.float().flatten(), dim=0
             )
             assert cosine > 0.98, name
+
+
+def test_a_matrix_summed_at_once_has_its_direction_in_its_own_dtype(device: torch.device):
+    """A float32 sum beside a bfloat16 matrix would be twice as large, and be read and written once more."""
+    source = trainer_of(torch.bfloat16, device).ask().weights.source  # type: ignore[attr-defined]
+    weights = torch.randn(8)
+    at_once = direction(source, weights, [range(8)])
+    in_parts = direction(source, weights, [range(4, 8), range(4)])
+    narrow = {name for name, found in at_once.items() if found.dtype == torch.bfloat16}
+    assert narrow == {"embed.weight", "up.weight", "out"}
+    for name, found in in_parts.items():
+        assert found.dtype == torch.float32
+        close(at_once[name], found, torch.bfloat16)
 
 
 def test_autocast(device: torch.device):

@@ -192,6 +192,18 @@ def test_multiplied_by_the_library(way: Callable[..., Tensor], dtype: torch.dtyp
     assert error(way(layer, fused=False), layer.expected()) < TOLERANCES[dtype]
 
 
+@ways
+def test_large_weights_are_multiplied_by_the_library(
+    way: Callable[..., Tensor], device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    layer = Layer(TYPICAL, torch.bfloat16, device)
+    together, apart = way(layer, fused=True), way(layer, fused=False)
+    assert not torch.equal(together, apart)  # the library rounds its product
+    assert torch.equal(way(layer), together)
+    monkeypatch.setattr(linear, "_LIBRARY_FROM", layer.x.shape[-1])
+    assert torch.equal(way(layer), apart)
+
+
 @pytest.fixture(params=["fp32_precision", "allow_tf32"])
 def _tensor_cores(request: pytest.FixtureRequest) -> Iterator[None]:
     """float32 on the tensor cores, asked for in PyTorch's new way or in its old one."""

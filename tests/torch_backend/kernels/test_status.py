@@ -32,8 +32,9 @@ def pretend(
     triton: str | None = "3.7.1",
     interprets: bool = False,
     capability: tuple[int, int] | None = None,
+    problem: str | None = None,
 ) -> None:
-    """A machine that has this Triton, and a GPU of this capability."""
+    """A machine that has this Triton, and a GPU of this capability on which the kernels have this problem."""
 
     def imported(name: str) -> object:
         if triton is None:
@@ -43,6 +44,7 @@ def pretend(
         )
 
     monkeypatch.setattr(kernels, "importlib", SimpleNamespace(import_module=imported))
+    monkeypatch.setattr(kernels, "_problem", lambda device: problem)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
@@ -53,7 +55,10 @@ def test_a_gpu_that_can(monkeypatch: pytest.MonkeyPatch):
     pretend(monkeypatch, capability=(9, 0))
     found = kernels.status()
     assert found == kernels.Status(
-        True, "Triton compiles the kernels for the GPU", "3.7.1", "Some GPU, capability 9.0"
+        True,
+        "Triton compiles the kernels for the GPU, where they agree with the core",
+        "3.7.1",
+        "Some GPU, capability 9.0",
     )
     assert kernels.status("cuda:0") == found
     assert not kernels.status("cpu").available
@@ -79,6 +84,21 @@ def test_what_is_missing_is_named(machine: dict, wish: str | None, reason: str, 
     assert not found.available
     assert found.device is None
     assert re.fullmatch(f"{reason}: the PyTorch path runs", found.reason)
+
+
+def test_kernels_that_are_wrong_are_not_used_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    pretend(monkeypatch, capability=(9, 0), problem="fold_in is off by 1.0e+00 of the largest number")
+    for _ in range(2):
+        assert kernels.status() == kernels.Status(
+            False,
+            "on Some GPU, capability 9.0, fold_in is off by 1.0e+00 of the largest number: the PyTorch path runs",
+            "3.7.1",
+            None,
+        )
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["kernels: fold_in is off by 1.0e+00 of the largest number: the PyTorch path runs instead"]
 
 
 def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch):

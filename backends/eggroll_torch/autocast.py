@@ -1,0 +1,27 @@
+"""What autocast does to the operands of operations that it cannot see into."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["autocast_operands", "autocasts"]
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; there are devices that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast_operands(x: Tensor, *others: Tensor | None) -> Any:
+    """Operands in the dtype that autocast, where it is on, gives them: `vmap` leaves some as they are.
+
+    What is not floating point, such as keys, stays as it is.
+    """
+    if not autocasts(x.device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        operand.to(dtype) if operand is not None and operand.is_floating_point() else operand
+        for operand in (x, *others)
+    )

@@ -1,0 +1,67 @@
+"""The comparison with the core that the kernels have to pass before they are used."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from eggroll_torch.kernels import check
+
+
+def test_the_kernels_pass(device: torch.device):
+    assert check.problem(device) is None
+
+
+def test_it_does_not_matter_what_is_going_on_around(device: torch.device):
+    with torch.autocast(device.type, torch.bfloat16), torch.enable_grad():
+        assert check.problem(device) is None
+
+
+def slightly_wrong(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation whose last number is another one."""
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out = operation(*args, **kwargs)
+        spoilt = args[0] if out is None else out
+        last = spoilt.view(-1)[-1:]
+        last += 1 + last.abs() // 4
+        return out
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fold_in",
+        "draw_rows",
+        "dense_of_members",
+        "add_dense_sum_drawn_",
+        "linear_of_members_drawn",
+        "add_low_rank_sum_drawn_",
+    ],
+)
+def test_what_is_wrong_is_named(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(check, name, slightly_wrong(getattr(check, name)))
+    found = check.problem(device)
+    assert found is not None
+    assert found.startswith(f"{name} ")
+    assert "is off by" in found
+
+
+def test_what_raises_is_named(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(check, "draw_rows", broken)
+    assert check.problem(device) == "draw_rows raises RuntimeError (no kernel image)"
+
+
+def test_no_room_is_not_a_wrong_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(check, "draw_rows", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check.problem(device)
