@@ -57,7 +57,8 @@ class Rows:
         self._elements = 4 if as_choice("rng", rng, RNGS) == "philox" else 1  # of a block
         self._draws = tuple(draws)
         self._keys = sum(draw.keys for draw in draws)
-        self._runs, self._bounds = _runs(self._draws, self._shapes())
+        self._shapes = self._runs_of_keys()
+        self._runs, self._bounds = _runs(self._draws, self._shapes)
         self._kernels = kernels.status(device).available
         self._compiled = threefry.compiled_for_cpu() if device.type == "cpu" and not self._kernels else None
         if self._compiled is None:
@@ -100,7 +101,7 @@ class Rows:
             return threefry.bits(k0, k1, self._counter)
         return philox.bits(k0, k1, *self._counter).flatten(1)
 
-    def _shapes(self) -> list[tuple[int, int, int]]:
+    def _runs_of_keys(self) -> list[tuple[int, int, int]]:
         """For each entry of `draws`: runs of a key, numbers in a run, and how many of those are elements."""
         if self._rng == "threefry":
             return [(1, math.prod(draw.shape), math.prod(draw.shape)) for draw in self._draws]
@@ -110,21 +111,29 @@ class Rows:
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of each block of a row whose key's it is, and its counter: one word of Threefry's, three of Philox's."""
-        blocks = np.diff(self._bounds) // self._elements
-        first = np.repeat(self._bounds[:-1] // self._elements, blocks)
-        key, row, stream = np.repeat(self._runs, blocks, axis=0).T
-        counter = np.arange(len(first)) - first
+        starts = torch.from_numpy(self._bounds // self._elements).to(device, non_blocking=True)
+        runs = torch.from_numpy(self._runs.view(np.int32)).to(device, non_blocking=True)
+        blocks, total = starts.diff(), self.length // self._elements
+
+        def of_block(values: Tensor) -> Tensor:
+            return values.repeat_interleave(blocks, output_size=total)
+
+        counter = torch.arange(total, device=device).sub_(of_block(starts[:-1])).to(torch.int32)
         if self._rng == "philox":
-            counter = np.stack([counter, row, stream])
-        of_key, place = (torch.from_numpy(words.astype(np.int32)) for words in (key, counter))
-        return of_key.to(device, non_blocking=True), place.to(device, non_blocking=True)
+            counter = torch.stack([counter, of_block(runs[:, 1]), of_block(runs[:, 2])])
+        return of_block(runs[:, 0]), counter
 
     def _parted(self, rows: Tensor) -> list[Tensor]:
-        parts, end = [], 0
-        for draw, (count, length, elements) in zip(self._draws, self._shapes(), strict=True):
-            begin, end = end, end + draw.keys * count * length
-            runs = rows[:, begin:end].unflatten(1, (draw.keys, count, length))[..., :elements]
-            parts.append(runs.reshape(len(rows), draw.keys, *draw.shape))
+        sizes = [
+            draw.keys * count * length for draw, (count, length, _) in zip(self._draws, self._shapes, strict=True)
+        ]
+        parts = []
+        for draw, (count, length, elements), part in zip(
+            self._draws, self._shapes, rows.split(sizes, dim=1), strict=True
+        ):
+            if elements < length:
+                part = part.view(len(rows), draw.keys, count, length)[..., :elements]
+            parts.append(part.view(len(rows), draw.keys, *draw.shape))
         return parts
 
     def _check(self, keys: Tensor) -> None:
@@ -139,13 +148,13 @@ def _runs(draws: Sequence[Draws], shapes: Sequence[tuple[int, int, int]]) -> tup
     Returns:
         uint32, shape ``(runs, 3)``, and int64, shape ``(runs + 1,)``.
     """
-    of_runs, lengths, first = [np.empty((0, 3), np.uint32)], [np.zeros(1, np.int64)], 0
-    for draw, (count, length, _) in zip(draws, shapes, strict=True):
-        key, row = np.divmod(np.arange(draw.keys * count), max(count, 1))
-        of_runs.append(np.stack([first + key, row, np.full_like(row, draw.stream)], axis=1).astype(np.uint32))
-        lengths.append(np.full(len(key), length, np.int64))
-        first += draw.keys
-    return np.concatenate(of_runs), np.cumsum(np.concatenate(lengths))
+    keys, streams = (np.asarray([getattr(draw, name) for draw in draws], np.int64) for name in ("keys", "stream"))
+    rows, lengths, _ = np.asarray(shapes, np.int64).reshape(-1, 3).T
+    runs = keys * rows
+    draw = np.arange(len(draws)).repeat(runs)
+    key, row = np.divmod(np.arange(len(draw)) - (np.cumsum(runs) - runs)[draw], rows[draw])
+    key += (np.cumsum(keys) - keys)[draw]
+    return np.stack([key, row, streams[draw]], axis=1).astype(np.uint32), np.cumsum([0, *lengths[draw]])
 
 
 def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:

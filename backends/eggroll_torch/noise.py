@@ -278,8 +278,7 @@ class _RowLayout:
             draws = [(parameter, draw) for parameter in members for draw in parameter.draws]
             rows = Rows([Draws(parameter.layers, *draw) for parameter, draw in draws], device, rng)
             keys = [first_key[parameter.name] + layer for parameter, _ in draws for layer in range(parameter.layers)]
-            which = torch.tensor(keys).to(device, non_blocking=True)
-            self._blocks.append((precision, members, rows, which))
+            self._blocks.append((precision, members, rows, torch.tensor(keys).to(device, non_blocking=True)))
 
     def draw(self, keys: Tensor) -> dict[str, perturbation.LowRank | Tensor]:
         """The noise by parameter name for rows of keys, int32 of shape ``(draws, n_keys, 2)``."""

@@ -83,13 +83,13 @@ def _add_drawn_sum_(
     from .kernels.dense import add_dense_sum_drawn_
     from .kernels.update import add_low_rank_sum_drawn_
 
-    how = parameter.precision, parameter.rng
+    how = parameter.precision, parameter.rng, alpha, beta
     if parameter.kind == "dense":
-        add_dense_sum_drawn_(total, coefficients, keys, *how, alpha, beta)
+        add_dense_sum_drawn_(total, coefficients, keys, *how)
     else:
         # In the parameter's dtype: those are the numbers that the members saw.
         dtype = parameter.parameter.dtype
-        add_low_rank_sum_drawn_(total, coefficients, keys, parameter.rank, dtype, *how, alpha, beta)
+        add_low_rank_sum_drawn_(total, coefficients, keys, parameter.rank, dtype, *how)
 
 
 def _add_low_rank_sum_(

@@ -89,8 +89,9 @@ def test_a_forward_pass_does_not_wait(per_member: bool, chunk_size: int | None):
 
 @pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("better", [True, False])
-def test_an_update_does_not_wait(better: bool):
-    trainer = trainer_of()
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
+def test_an_update_does_not_wait(better: bool, rng: str):
+    trainer = trainer_of(rng=rng)
     for _ in range(2):
         population = trainer.ask()
         population(torch.empty(2, 5, dtype=torch.long, device=META))

@@ -3,6 +3,7 @@
 A compiler or a driver that gets one of them wrong would otherwise show in nothing but a run that does not learn.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,7 @@ from .update import add_low_rank_sum_drawn_
 
 __all__ = ["problem"]
 
+RNGS: tuple[prng.Rng, ...] = ("threefry", "philox")
 _DRAWS, _ROWS, _OUT, _IN, _RANK, _SCALE = 3, 5, 40, 136, 2, 0.5
 _SIGNS = np.asarray([1.0, -1.0] * _DRAWS, dtype=np.float32)
 # Relative to the largest number; what is wrong is wrong by more.
@@ -59,34 +61,55 @@ def _comparisons(device: torch.device) -> Iterator[Comparison]:
     draws = torch.arange(_DRAWS, dtype=torch.int32, device=device)
     yield "fold_in", "equal", lambda: fold_in(_words(key[None, :], device), draws)[:, 0], _signed(keys)
 
-    places = torch.arange(_IN, dtype=torch.int32, device=device)
-    rows = prng.normal(keys, (_IN,))
-    yield "draw_rows", "ieee", lambda: draw_rows(on_device[:, None], torch.zeros_like(places), places), rows
-
     coefficients = np.linspace(-1.0, 2.0, _DRAWS)
     c = torch.from_numpy(coefficients).to(device, torch.float32)
+    for rng in RNGS:
+        yield from _vectors(rng, keys, on_device, coefficients, c, device)
+    for dtype, rng in itertools.product((torch.float32, torch.bfloat16), RNGS):
+        yield from _products(dtype, rng, keys, on_device, coefficients, c, device)
+
+
+def _by(rng: prng.Rng) -> str:
+    return "" if rng == "threefry" else f" by {rng}"
+
+
+def _vectors(
+    rng: prng.Rng, keys: np.ndarray, on_device: Tensor, coefficients: np.ndarray, c: Tensor, device: torch.device
+) -> Iterator[Comparison]:
+    """Rows of noise, and dense noise in the forward pass and in the update."""
+    elements = 4 if rng == "philox" else 1  # of a block, whose row and stream are 0
+    places = torch.arange(_IN // elements, dtype=torch.int32, device=device)
+    zeros = torch.zeros_like(places)
+    counter = torch.stack([places, zeros, zeros]) if rng == "philox" else places
+    rows = prng.normal(keys, (_IN,), rng=rng)
+    yield f"draw_rows{_by(rng)}", "ieee", lambda: draw_rows(on_device[:, None], zeros, counter, rng=rng), rows
+
     vector = np.linspace(-1.0, 1.0, _OUT).astype(np.float32)
-    noise = perturbation.dense_noise(keys, (_OUT,))
+    noise = perturbation.dense_noise(keys, (_OUT,), rng=rng)
     signs = torch.from_numpy(_SIGNS).to(device)
     yield (
-        "dense_of_members",
+        f"dense_of_members{_by(rng)}",
         "ieee",
-        lambda: dense_of_members(torch.from_numpy(vector).to(device), on_device, signs, _SCALE),
+        lambda: dense_of_members(torch.from_numpy(vector).to(device), on_device, signs, _SCALE, rng=rng),
         vector + _SCALE * _SIGNS[:, None] * np.repeat(noise, 2, axis=0),
     )
 
-    def dense_total() -> Tensor:
-        total = torch.zeros(_OUT, device=device)
-        add_dense_sum_drawn_(total, c, on_device)
-        return total
+    def total() -> Tensor:
+        summed = torch.zeros(_OUT, device=device)
+        add_dense_sum_drawn_(summed, c, on_device, rng=rng)
+        return summed
 
-    yield "add_dense_sum_drawn_", "ieee", dense_total, dense_sum(coefficients, noise.astype(np.float64))
-    for dtype in (torch.float32, torch.bfloat16):
-        yield from _products(dtype, keys, on_device, coefficients, c, device)
+    yield f"add_dense_sum_drawn_{_by(rng)}", "ieee", total, dense_sum(coefficients, noise.astype(np.float64))
 
 
 def _products(
-    dtype: torch.dtype, keys: np.ndarray, on_device: Tensor, coefficients: np.ndarray, c: Tensor, device: torch.device
+    dtype: torch.dtype,
+    rng: prng.Rng,
+    keys: np.ndarray,
+    on_device: Tensor,
+    coefficients: np.ndarray,
+    c: Tensor,
+    device: torch.device,
 ) -> Iterator[Comparison]:
     """The forward pass and the update in a dtype."""
     tolerance = "bfloat16" if dtype == torch.bfloat16 else dot_precision(dtype)
@@ -95,7 +118,7 @@ def _products(
     x = _waves(members, _ROWS, _IN).to(dtype)
     A, B = (
         torch.from_numpy(factor).to(dtype).double().numpy()
-        for factor in perturbation.low_rank_noise(keys, (_OUT, _IN), _RANK)
+        for factor in perturbation.low_rank_noise(keys, (_OUT, _IN), _RANK, rng=rng)
     )
     noise = np.repeat(A @ B.swapaxes(-1, -2), 2, axis=0)
     weights = weight.double().numpy() + _SCALE * _SIGNS[:, None, None] * noise
@@ -103,19 +126,19 @@ def _products(
     for name, inputs in (("inputs of their own", x), ("a shared input", x[0])):
         arguments = inputs.to(device), weight.to(device), None, on_device, _RANK, signs, _SCALE
         yield (
-            f"linear_of_members_drawn with {name} in {dtype}",
+            f"linear_of_members_drawn{_by(rng)} with {name} in {dtype}",
             tolerance,
-            lambda arguments=arguments: linear_of_members_drawn(*arguments),  # type: ignore[misc]
+            lambda arguments=arguments: linear_of_members_drawn(*arguments, rng=rng),  # type: ignore[misc]
             inputs.double().numpy() @ weights.swapaxes(-1, -2),
         )
 
     def total() -> Tensor:
         summed = torch.zeros(_OUT, _IN, device=device)
-        add_low_rank_sum_drawn_(summed, c, on_device, _RANK, dtype)
+        add_low_rank_sum_drawn_(summed, c, on_device, _RANK, dtype, rng=rng)
         return summed
 
     yield (
-        f"add_low_rank_sum_drawn_ in {dtype}",
+        f"add_low_rank_sum_drawn_{_by(rng)} in {dtype}",
         tolerance,
         total,
         low_rank_sum(coefficients, perturbation.LowRank(A, B)),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .drawing import blocks_of
-from .factors import factor
+from .factors import factor, pinned
 from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .noise import draw_factors
 from .portable import INTERPRETED, narrow, product
@@ -69,6 +69,8 @@ def _update_kernel(
             draw, n[None, :], blocks_of(first_n, BLOCK_N)[None, :], column, rank, live & n_in[None, :],
             DRAWN, PRECISION, RNG, DTYPE,
         )  # fmt: skip
+        A = pinned(A, RNG)
+        B = pinned(B, RNG)
         if SCALED:
             c = tl.load(coefficients + draw, mask=live, other=0.0)
             A = narrow(A.to(tl.float32) * c, DTYPE)
