@@ -13,7 +13,7 @@ from eggroll.config import as_bool
 from .batching import BatchSize, draws_to_sum
 from .direction import directions
 from .layout import Layout, plan
-from .population import population_apply
+from .population import evaluation_of
 
 __all__ = ["es_value_and_grad"]
 
@@ -56,15 +56,7 @@ def es_value_and_grad(
         True
     """
     as_bool("maximize", maximize)
-    apply = population_apply(
-        _with_scalar_value(fn, has_aux),
-        config,
-        layout=layout,
-        batch_size=batch_size,
-        strict=strict,
-        mesh=mesh,
-        axis_name=axis_name,
-    )
+    evaluate = evaluation_of(_with_scalar_value(fn, has_aux), config, layout, batch_size, strict, mesh, axis_name)
 
     def value_and_grad(
         params: Any,
@@ -74,7 +66,8 @@ def es_value_and_grad(
         per_member: bool | Sequence[bool] = False,
         sigma: Any = None,
     ) -> Any:
-        values, aux = apply(params, key, generation, *args, per_member=per_member, sigma=sigma)
+        evaluation = evaluate(params, key, generation, *args, per_member=per_member, sigma=sigma)
+        values, aux = evaluation.outputs
         chosen = plan(params, config, layout)
         gradient = directions(
             chosen,
@@ -83,7 +76,8 @@ def es_value_and_grad(
             values if maximize else -values,
             config,
             sigma=sigma,
-            batch=draws_to_sum(batch_size, config, chosen),
+            # The compiler draws noise once for both if both have that of all members.
+            batch=None if evaluation.at_once else draws_to_sum(batch_size, config, chosen),
             mesh=mesh,
             axis_name=axis_name,
         )

@@ -94,6 +94,33 @@ def population_apply(
         >>> apply(jnp.zeros((3, 2)), jax.random.key(0), 0, jnp.ones((5, 3))).shape
         (8, 5, 2)
     """
+    evaluate = evaluation_of(fn, config, layout, batch_size, strict, mesh, axis_name)
+
+    def apply(*args: Any, **options: Any) -> Any:
+        return evaluate(*args, **options).outputs
+
+    return apply
+
+
+class Evaluation(NamedTuple):
+    """What a population returned, and how."""
+
+    outputs: Any
+    """Those of `fn`, stacked over members."""
+    at_once: bool
+    """Whether all members were evaluated together, with the noise of all in memory."""
+
+
+def evaluation_of(
+    fn: Callable[..., Any],
+    config: EggrollConfig,
+    layout: Layout,
+    batch_size: BatchSize,
+    strict: bool,
+    mesh: Mesh | None,
+    axis_name: str,
+) -> Callable[..., Evaluation]:
+    """`population_apply`, whose function also says how it went."""
     check_batch_size(batch_size)
 
     def apply(
@@ -103,7 +130,7 @@ def population_apply(
         *args: Any,
         per_member: bool | Sequence[bool] = False,
         sigma: Any = None,
-    ) -> Any:
+    ) -> Evaluation:
         chosen = plan(params, config, layout)
         stacked = _stacked(args, per_member, config)
         one = [_one_member(arg) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
@@ -151,7 +178,7 @@ def population_apply(
         with one_warning_for_each_primitive():
             out = evaluate(inputs, draws[:, 0], signs, *paired)
         out = [jnp.reshape(leaf, (config.population_size, *leaf.shape[2:])) for leaf in out]
-        return jax.tree.unflatten(traced.out_tree, out)
+        return Evaluation(jax.tree.unflatten(traced.out_tree, out), step is None)
 
     return apply
 
