@@ -59,7 +59,7 @@ class Rows:
         self._keys = sum(draw.keys for draw in draws)
         self._shapes = self._runs_of_keys()
         self._runs, self._bounds = _runs(self._draws, self._shapes)
-        self._kernels = kernels.status(device).available
+        self._kernels = kernels.status(device, rng).available
         self._compiled = threefry.compiled_for_cpu() if device.type == "cpu" and not self._kernels else None
         if self._compiled is None:
             self._key_of, self._counter = self._places(device)

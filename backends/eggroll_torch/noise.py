@@ -118,7 +118,7 @@ class NoiseSource:
         self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(
             self.device, non_blocking=True
         )
-        self._kernels = kernels.status(self.device).available
+        self._kernels = kernels.status(self.device, config.rng).available
         self._first_key = dict(
             zip(
                 (parameter.name for parameter in self.parameters),

@@ -63,7 +63,7 @@ class Waits(TorchDispatchMode):
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that has the kernels, or one that has not. Their operations know the shapes of what they return."""
     answer = kernels.Status(request.param, "for a test", None, None)
-    monkeypatch.setattr(kernels, "status", lambda device=None: answer)
+    monkeypatch.setattr(kernels, "status", lambda device=None, rng="threefry": answer)
 
 
 def trainer_of(**options: Any) -> EGGROLLTrainer:

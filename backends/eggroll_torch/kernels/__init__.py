@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eggroll import prng
+
 __all__ = ["DTYPES", "Status", "status", "usable"]
 
 _log = logging.getLogger("eggroll")
@@ -45,11 +47,12 @@ class Status:
     device: str | None
 
 
-def status(device: torch.device | str | None = None) -> Status:
+def status(device: torch.device | str | None = None, rng: prng.Rng = "threefry") -> Status:
     """Whether the kernels can take tensors of a device, and why.
 
     Args:
         device: where the tensors are; by default the current GPU, or the CPU where there is none.
+        rng: the generator that they draw noise with; what is wrong with Philox alone leaves Threefry its kernels.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +60,10 @@ def status(device: torch.device | str | None = None) -> Status:
     index = device.index
     if device.type == "cuda" and index is None and torch.cuda.is_available():
         index = torch.cuda.current_device()
-    found = _status(device.type, index, os.environ.get("EGGROLL_KERNELS", "auto"))
+    where = device.type, index, os.environ.get("EGGROLL_KERNELS", "auto")
+    found = _status(*where)
+    if found.available and found.device != "interpreter" and rng != "threefry":
+        found = _checked(found, *where[:2], rng)
     _say(found)
     return found
 
@@ -94,16 +100,24 @@ def _status(kind: str, index: int | None, wish: str) -> Status:
     name = f"{torch.cuda.get_device_name(index)}, capability {'.'.join(map(str, capability))}"
     if capability < _CAPABILITY:
         return no(f"{name}, is below {'.'.join(map(str, _CAPABILITY))}")
-    if (problem := _problem(torch.device(f"{kind}:{index}"))) is not None:
-        _log.warning("kernels: %s: the PyTorch path runs instead", problem)
-        return no(f"on {name}, {problem}")
-    return Status(True, "Triton compiles the kernels for the GPU, where they agree with the core", version, name)
+    compiled = Status(True, "Triton compiles the kernels for the GPU, where they agree with the core", version, name)
+    return _checked(compiled, kind, index, "threefry")
 
 
-def _problem(device: torch.device) -> str | None:
+@functools.cache
+def _checked(found: Status, kind: str, index: int | None, rng: prng.Rng) -> Status:
+    """What was found, if the kernels draw on that GPU what they should."""
+    problem = _problem(torch.device(f"{kind}:{index}"), rng)
+    if problem is None:
+        return found
+    _log.warning("kernels: %s: the PyTorch path runs instead", problem)
+    return Status(False, f"on {found.device}, {problem}: the PyTorch path runs", found.triton, None)
+
+
+def _problem(device: torch.device, rng: prng.Rng) -> str | None:
     from . import check
 
-    return check.problem(device)
+    return check.problem(device, rng)
 
 
 @functools.cache

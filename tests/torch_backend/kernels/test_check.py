@@ -6,16 +6,18 @@ from typing import Any
 import pytest
 import torch
 
+from eggroll import prng
 from eggroll_torch.kernels import check
 
 
-def test_the_kernels_pass(device: torch.device):
-    assert check.problem(device) is None
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
+def test_the_kernels_pass(rng: prng.Rng, device: torch.device):
+    assert check.problem(device, rng) is None
 
 
 def test_it_does_not_matter_what_is_going_on_around(device: torch.device):
     with torch.autocast(device.type, torch.bfloat16), torch.enable_grad():
-        assert check.problem(device) is None
+        assert check.problem(device, "threefry") is None
 
 
 def slightly_wrong(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +46,7 @@ def slightly_wrong(operation: Callable[..., Any]) -> Callable[..., Any]:
 )
 def test_what_is_wrong_is_named(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(check, name, slightly_wrong(getattr(check, name)))
-    found = check.problem(device)
+    found = check.problem(device, "threefry")
     assert found is not None
     assert found.startswith(f"{name} ")
     assert "is off by" in found
@@ -55,7 +57,7 @@ def test_what_raises_is_named(device: torch.device, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(check, "draw_rows", broken)
-    assert check.problem(device) == "draw_rows raises RuntimeError (no kernel image)"
+    assert check.problem(device, "threefry") == "draw_rows raises RuntimeError (no kernel image)"
 
 
 def test_no_room_is_not_a_wrong_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch):
@@ -64,4 +66,4 @@ def test_no_room_is_not_a_wrong_kernel(device: torch.device, monkeypatch: pytest
 
     monkeypatch.setattr(check, "draw_rows", full)
     with pytest.raises(torch.OutOfMemoryError):
-        check.problem(device)
+        check.problem(device, "threefry")

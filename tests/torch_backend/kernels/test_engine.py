@@ -52,7 +52,9 @@ def trainer_of(dtype: torch.dtype, device: torch.device, **options: Any) -> EGGR
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "status", lambda device=None: kernels.Status(False, "off for a test", None, None))
+        patch.setattr(
+            kernels, "status", lambda device=None, rng="threefry": kernels.Status(False, "off for a test", None, None)
+        )
         yield
 
 

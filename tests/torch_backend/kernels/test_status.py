@@ -18,7 +18,7 @@ from eggroll_torch import kernels
 def _forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was found out before is found out anew, and nothing found here stays."""
     monkeypatch.delenv("EGGROLL_KERNELS", raising=False)
-    caches = (kernels._status, kernels._triton, kernels._say)
+    caches = (kernels._status, kernels._checked, kernels._triton, kernels._say)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -32,9 +32,9 @@ def pretend(
     triton: str | None = "3.7.1",
     interprets: bool = False,
     capability: tuple[int, int] | None = None,
-    problem: str | None = None,
+    problems: dict[str, str] | None = None,
 ) -> None:
-    """A machine that has this Triton, and a GPU of this capability on which the kernels have this problem."""
+    """A machine that has this Triton, and a GPU of this capability on which the kernels have problems."""
 
     def imported(name: str) -> object:
         if triton is None:
@@ -44,7 +44,7 @@ def pretend(
         )
 
     monkeypatch.setattr(kernels, "importlib", SimpleNamespace(import_module=imported))
-    monkeypatch.setattr(kernels, "_problem", lambda device: problem)
+    monkeypatch.setattr(kernels, "_problem", lambda device, rng: (problems or {}).get(rng))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
@@ -89,7 +89,7 @@ def test_what_is_missing_is_named(machine: dict, wish: str | None, reason: str, 
 def test_kernels_that_are_wrong_are_not_used_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    pretend(monkeypatch, capability=(9, 0), problem="fold_in is off by 1.0e+00 of the largest number")
+    pretend(monkeypatch, capability=(9, 0), problems={"threefry": "fold_in is off by 1.0e+00 of the largest number"})
     for _ in range(2):
         assert kernels.status() == kernels.Status(
             False,
@@ -99,6 +99,16 @@ def test_kernels_that_are_wrong_are_not_used_and_that_is_said(
         )
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["kernels: fold_in is off by 1.0e+00 of the largest number: the PyTorch path runs instead"]
+
+
+def test_each_generator_answers_for_itself(monkeypatch: pytest.MonkeyPatch):
+    pretend(monkeypatch, capability=(9, 0), problems={"philox": "draw_rows by philox raises"})
+    assert kernels.status().available
+    assert not kernels.status(rng="philox").available
+    assert kernels.status(rng="philox").reason.startswith("on Some GPU, capability 9.0, draw_rows by philox raises")
+    pretend(monkeypatch, capability=(9, 0))
+    kernels._checked.cache_clear()
+    assert kernels.status(rng="philox") == kernels.status()
 
 
 def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch):
