@@ -38,6 +38,7 @@ SCALE = 0.01
 MLP_MEMBERS, MLP_WIDTH, MLP_ROWS = 65_536, 256, 16
 REPEATS = 21
 FILES = "gpu_generation"
+FORWARDS = ("forward, drawn", "forward, Philox", "forward, stored")
 FULL_RANK_SHARE = 0.4
 """Of the free memory, for the noise of the full-rank population; as much again is for its weights."""
 
@@ -73,6 +74,7 @@ class Case:
         return {
             "pure inference": self.members * matrix,
             "forward, drawn": forward,
+            "forward, Philox": forward,
             "forward, stored": forward,
             "two products": self.members * matrix + update,
             "generation": forward + update,
@@ -87,6 +89,7 @@ class Case:
         return {
             "pure inference": weight + 2 * rows,
             "forward, drawn": forward,
+            "forward, Philox": forward,
             "forward, stored": forward + noise,
             "two products": 2 * weight + 2 * rows + noise,
             "generation": forward + 2 * weight,
@@ -253,11 +256,12 @@ def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -
         noise = draw_rows(keys.unsqueeze(1), torch.zeros_like(counter), counter, "float32", torch.bfloat16)
         B, A = noise.view(len(draws), 2 * case.width, case.rank).split(case.width, dim=1)
 
-        def on_the_fly(fused: bool | None = None) -> torch.Tensor:
+        def on_the_fly(fused: bool | None = None, rng: str = "threefry") -> torch.Tensor:
             keys = fold_in(key, draws)[:, 0]
-            return linear_of_members_drawn(x, weight, None, keys, case.rank, signs, SCALE, fused=fused)
+            return linear_of_members_drawn(x, weight, None, keys, case.rank, signs, SCALE, rng=rng, fused=fused)
 
         chosen["forward, drawn"] = on_the_fly
+        chosen["forward, Philox"] = lambda: on_the_fly(rng="philox")
         if not case.shared:
             # Which one "forward, drawn" is depends on the width alone.
             chosen["forward, one kernel"] = lambda: on_the_fly(fused=True)
@@ -371,9 +375,10 @@ def table(report: dict) -> str:
         "of the nearer ceiling, of products or of bytes. GPU busy is the time in which the GPU works; "
         "in the rest it waits for the host. Memory is what a generation takes beyond model and inputs.",
         "",
-        "| d | members | rank | input | inference | forward, drawn | ratio | forward, stored | ratio "
-        "| generation | ratio | GPU busy | ratio | generation, MB | full-rank ES * |",
-        "|" + "---|" * 15,
+        "| d | members | rank | input | inference | "
+        + "".join(f"{name} | ratio | " for name in FORWARDS)
+        + "generation | ratio | GPU busy | ratio | generation, MB | full-rank ES * |",
+        "|" + "---|" * (11 + 2 * len(FORWARDS)),
     ]
     layers = [case for name, case in report["cases"].items() if name != "mlp"]
     for case in sorted(layers, key=lambda c: (-c["width"], c["rank"], c["shared"], c["members"])):
@@ -399,7 +404,7 @@ def table(report: dict) -> str:
             case["rank"],
             "shared" if case["shared"] else "own",
             cell("pure inference"),
-            *(text for n in ("forward, drawn", "forward, stored") for text in (cell(n), ratio(n, "pure inference"))),
+            *(text for n in FORWARDS for text in (cell(n), ratio(n, "pure inference"))),
             cell("generation"),
             ratio("generation", "two products"),
             f"{t['generation, GPU busy']:.3f}" if "generation, GPU busy" in t else "-",
@@ -445,11 +450,7 @@ def plots(report: dict, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(2, len(WIDTHS), figsize=(11, 6), sharex=True, sharey="row", layout="constrained")
-    references = {
-        "forward, drawn": "pure inference",
-        "forward, stored": "pure inference",
-        "generation": "two products",
-    }
+    references = dict.fromkeys(FORWARDS, "pure inference") | {"generation": "two products"}
     for column, width in enumerate(sorted(WIDTHS)):
         for axes, shared in zip(grid[:, column], (False, True), strict=True):
             for rank, style in zip(RANKS, ("-", "--", ":"), strict=True):
