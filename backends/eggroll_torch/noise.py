@@ -7,7 +7,7 @@ the forward pass and the update; a larger one draws it twice and needs no more m
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -80,7 +80,8 @@ class ChunkNoise:
         sign: the same as numbers on the host, which need not wait for the device.
         keys: int32, shape ``(draws, n_keys, 2)``, those of every layer of every parameter.
         noise: by parameter name: `LowRank` factors or a dense tensor, float32, with one leading entry for each draw.
-            Of parameters whose noise kernels draw in registers there is none.
+            Of parameters whose noise kernels draw there is none.
+        factors: by parameter name those that kernels have drawn into memory, in the parameter's dtype.
     """
 
     members: range
@@ -88,6 +89,7 @@ class ChunkNoise:
     sign: tuple[float, ...]
     keys: Tensor
     noise: dict[str, perturbation.LowRank | Tensor]
+    factors: dict[str, StoredFactors] = field(default_factory=dict)
 
 
 # Numbers that are kept besides those of the last chunk (16 MiB).
@@ -126,7 +128,10 @@ class NoiseSource:
                 strict=False,
             )
         )
-        self._stored = [parameter for parameter in self.parameters if not self.in_registers(parameter)]
+        drawn = [parameter for parameter in self.parameters if self.drawn_by_kernels(parameter)]
+        factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
+        self._draws_once = factors * config.draws <= 4 * KEPT
+        self._stored = [parameter for parameter in self.parameters if parameter not in drawn]
         self._layout = _RowLayout(self._stored, self._first_key, self.device)
         self._last: ChunkNoise | None = None
         self._kept: dict[range, ChunkNoise] = {}
@@ -141,8 +146,8 @@ class NoiseSource:
         """How long a row of noise is, or of keys where no noise is stored."""
         return sum(parameter.draw_size for parameter in self._stored) or 2 * len(self._generation_keys)
 
-    def in_registers(self, parameter: ParameterNoise) -> bool:
-        """Whether kernels draw this parameter's noise where they need it: it is never in memory."""
+    def drawn_by_kernels(self, parameter: ParameterNoise) -> bool:
+        """Whether kernels draw this parameter's noise, where they need it or, if it is little, into memory."""
         is_layer = not parameter.stack and parameter.kernel is None
         return self._kernels and is_layer and parameter.parameter.dtype in kernels.DTYPES
 
@@ -224,15 +229,19 @@ class NoiseSource:
             assert isinstance(noise, perturbation.LowRank)
             return StoredFactors(noise.A.to(dtype), noise.B.to(dtype))
 
-        if self.in_registers(parameter):
-            keys = self.keys(parameter, chunk)
+        if not self.drawn_by_kernels(parameter):
+            return stored()
+        keys = self.keys(parameter, chunk)
+        if not self._draws_once:
             return DrawnFactors(keys, parameter.rank, parameter.precision, parameter.rng, stored)
-        return stored()
+        if parameter.name not in chunk.factors:
+            chunk.factors[parameter.name] = _factors_in_memory(parameter, keys)
+        return chunk.factors[parameter.name]
 
     def dense(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
         weight, scale = parameter.parameter.detach(), self.dense_scale(parameter)
-        if self.in_registers(parameter):
+        if self.drawn_by_kernels(parameter):
             from .kernels.dense import dense_of_members
 
             keys, how = self.keys(parameter, chunk), (parameter.precision, parameter.rng)
@@ -297,6 +306,15 @@ def _drawn_alone(parameter: ParameterNoise, keys: Tensor) -> perturbation.LowRan
         keys.unsqueeze(1).expand(-1, len(draws), -1), parameter.precision
     )
     return _shaped(parameter, drawn)
+
+
+def _factors_in_memory(parameter: ParameterNoise, keys: Tensor) -> StoredFactors:
+    """The factors of a matrix in its own dtype, drawn by a kernel from its keys, int32 of shape ``(draws, 2)``."""
+    from .kernels.noise import draw_factors
+
+    out_features, in_features = parameter.layer
+    how = parameter.precision, parameter.rng, parameter.parameter.dtype
+    return StoredFactors(*draw_factors(keys, None, parameter.rank, in_features, out_features, *how))
 
 
 def _shaped(parameter: ParameterNoise, drawn: Sequence[Tensor]) -> perturbation.LowRank | Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from eggroll import perturbation
 from eggroll.update import direction_scale, weights_of_draws
 
-from .noise import ChunkNoise, NoiseSource
+from .noise import ChunkNoise, DrawnFactors, NoiseSource
 from .parameters import ParameterNoise
 
 __all__ = ["direction"]
@@ -48,7 +48,7 @@ def direction(
 def _new_total(source: NoiseSource, parameter: ParameterNoise, alone: bool) -> Tensor:
     """Where a parameter's sum goes, not filled; `alone` says that it is that of one chunk."""
     weight = parameter.parameter
-    rounds_itself = alone and parameter.kind == "low_rank" and source.in_registers(parameter)
+    rounds_itself = alone and parameter.kind == "low_rank" and source.drawn_by_kernels(parameter)
     dtype = weight.dtype if rounds_itself else torch.promote_types(weight.dtype, torch.float32)
     return torch.empty((*parameter.stack, *parameter.layer), dtype=dtype, device=weight.device)
 
@@ -64,8 +64,8 @@ def _add_sum_(
     """``total = beta * total`` and a chunk's part of the direction; with `beta` 0 `total` may hold anything."""
     low_rank = parameter.kind == "low_rank"
     alpha = float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
-    if source.in_registers(parameter):
-        _add_drawn_sum_(total, coefficients, source.keys(parameter, chunk), parameter, alpha, beta)
+    if source.drawn_by_kernels(parameter):
+        _add_sum_of_kernels_(total, coefficients, source, parameter, chunk, alpha, beta)
         return
     noise = source.noise(parameter, chunk)
     c = coefficients.to(total.dtype)
@@ -76,20 +76,30 @@ def _add_sum_(
         total.view(-1).addmv_(flat.mT, c, alpha=alpha, beta=beta)
 
 
-def _add_drawn_sum_(
-    total: Tensor, coefficients: Tensor, keys: Tensor, parameter: ParameterNoise, alpha: float, beta: float
+def _add_sum_of_kernels_(
+    total: Tensor,
+    coefficients: Tensor,
+    source: NoiseSource,
+    parameter: ParameterNoise,
+    chunk: ChunkNoise,
+    alpha: float,
+    beta: float,
 ) -> None:
-    """`_add_sum_` for a parameter whose noise kernels draw, from its keys."""
+    """`_add_sum_` for a parameter whose noise kernels draw."""
     from .kernels.dense import add_dense_sum_drawn_
-    from .kernels.update import add_low_rank_sum_drawn_
+    from .kernels.update import add_low_rank_sum_, add_low_rank_sum_drawn_
 
-    how = parameter.precision, parameter.rng, alpha, beta
+    keys, how = source.keys(parameter, chunk), (parameter.precision, parameter.rng, alpha, beta)
     if parameter.kind == "dense":
         add_dense_sum_drawn_(total, coefficients, keys, *how)
-    else:
-        # In the parameter's dtype: those are the numbers that the members saw.
-        dtype = parameter.parameter.dtype
+        return
+    # In the parameter's dtype: those are the numbers that the members saw.
+    dtype = parameter.parameter.dtype
+    factors = source.factors(parameter, chunk)
+    if isinstance(factors, DrawnFactors):
         add_low_rank_sum_drawn_(total, coefficients, keys, parameter.rank, dtype, *how)
+    else:
+        add_low_rank_sum_(total, coefficients, factors.A, factors.B, dtype, alpha, beta)
 
 
 def _add_low_rank_sum_(

@@ -143,7 +143,8 @@ def _length(key_of: Tensor, rng: str) -> int:
 @triton.jit
 def _factors_kernel(
     keys, coefficients, table, out, draws, rank, features, in_features,
-    PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # The tiles of B, then those of A.
     tiles_B = tl.cdiv(in_features, BLOCK_C)
@@ -156,47 +157,80 @@ def _factors_kernel(
     row = (tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     draw = row // rank
     k0, k1 = key_at(keys, draw, draw < draws)
-    c = tl.load(coefficients + draw, mask=draw < draws, other=0.0)
     stream = tl.where(of_A, 1, 0)
     counter = feature * rank + row % rank
     block = blocks_of(start, BLOCK_C)[None, :]
     drawn = normals(k0, k1, counter, block, row % rank, stream, table, PRECISION, RNG)
-    # Rounded twice where it is scaled: A is the same number as in the forward pass.
-    drawn = narrow(drawn, DTYPE).to(tl.float32)
-    scaled = tl.where(of_A, c * drawn, drawn)
+    drawn = narrow(drawn, DTYPE)
+    if SCALED:
+        # Rounded twice: A is the same number as in the forward pass.
+        c = tl.load(coefficients + draw, mask=draw < draws, other=0.0)
+        drawn = narrow(tl.where(of_A, c, 1.0) * drawn.to(tl.float32), DTYPE)
     inside = (draw < draws) & (feature < end)
-    tl.store(out + row.to(tl.int64) * features + feature, narrow(scaled, DTYPE), mask=inside)
+    tl.store(out + row.to(tl.int64) * features + feature, drawn, mask=inside)
 
 
 def draw_factors(
-    keys: Tensor, coefficients: Tensor, rank: int, in_features: int, out_features: int, precision: str,
-    rng: str, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The factors of the noise of some draws as the update wants them: `A` scaled, the features side by side.
+    keys: Tensor,
+    coefficients: Tensor | None,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    precision: str,
+    rng: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The factors of the noise of some draws, in memory, the features side by side.
 
     Args:
-        keys: int32, shape ``(draws, 2)``, contiguous.
-        coefficients: float32, shape ``(draws,)``, contiguous.
+        keys: int32, shape ``(draws, 2)``.
+        coefficients: float32, shape ``(draws,)``, what `A` is multiplied with; or None.
 
     Returns:
-        ``coefficients * A``, of shape ``(draws, out_features, rank)``, and `B`, ``(draws, in_features, rank)``, in
-        `dtype`: views of one tensor in which the stride of the features is 1.
+        `A`, of shape ``(draws, out_features, rank)``, and `B`, ``(draws, in_features, rank)``, in `dtype`: views of
+        one tensor in which the stride of the features is 1.
     """
+    both = draw_both_factors(keys, coefficients, rank, in_features, out_features, precision, rng, dtype)
+    B, A = both.mT.split([in_features, out_features], dim=1)
+    return A, B
+
+
+@torch.library.custom_op("eggroll::draw_both_factors", mutates_args=())
+def draw_both_factors(
+    keys: Tensor,
+    coefficients: Tensor | None,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    precision: str,
+    rng: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`draw_factors` as one tensor, shape ``(draws, rank, in_features + out_features)``: `B`, then `A`."""
     draws, features = len(keys), in_features + out_features
     out = keys.new_empty(draws, rank, features, dtype=dtype)
     columns = power_of_two(max(in_features, out_features), 4, _BLOCK)
     at_once = _BLOCK // columns
     tiles = triton.cdiv(in_features, columns) + triton.cdiv(out_features, columns)
+    if out.numel() == 0:
+        return out
+    keys = keys.contiguous()
     launch(
         _factors_kernel,
         (tiles * triton.cdiv(draws * rank, at_once),),
-        *(keys, coefficients, narrow_table(precision, keys), out, draws, rank, features, in_features),
+        *(keys, keys if coefficients is None else coefficients.contiguous(), narrow_table(precision, keys), out),
+        *(draws, rank, features, in_features),
         device=keys.device,
+        SCALED=coefficients is not None,
         PRECISION=precision,
         RNG=rng,
         DTYPE=DTYPES[dtype],
         BLOCK_R=at_once,
         BLOCK_C=columns,
     )
-    B, A = out.mT.split([in_features, out_features], dim=1)
-    return A, B
+    return out
+
+
+@draw_both_factors.register_fake
+def _(keys, coefficients, rank, in_features, out_features, precision, rng, dtype):
+    return keys.new_empty(keys.shape[0], rank, in_features + out_features, dtype=dtype)

@@ -28,6 +28,8 @@ __all__ = ["add_low_rank_sum_", "add_low_rank_sum_drawn_"]
 # need more than one buffer read and write all of the total for each.
 _BYTES_FOR_AN_ELEMENT = 2
 _SMALL_BUFFER = 16 << 20
+# Features in and out from which on a narrow product is worth the largest tiles.
+_LARGE = 2048
 
 
 @triton.jit
@@ -139,10 +141,22 @@ def _tile(
         return m, n, 32, 8 if m * n > 4096 else 4, 1
     if dtype == torch.float32:
         return min(m, 64), min(n, 64), 32, 4, 3
-    if not scaled and min(out_features, in_features) >= 2048:
+    if not scaled and min(out_features, in_features) >= _LARGE:
         return 128, 256, 64, 8, 3
     # Scaled factors pass through registers, and what is not stored side by side needs an address for every number.
     return m, n, 32 if scaled else 64, 8 if m * n > 8192 else 4, 3
+
+
+def _is_large(total: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it pays to scale `A` beforehand, so that it can be copied past the registers."""
+    return dtype != torch.float32 and min(total.shape) >= _LARGE
+
+
+def _scaled(A: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """``coefficients * A``, rounded once, with the features side by side."""
+    draws, out_features, rank = A.shape
+    scaled = A.new_empty(draws, rank, out_features, dtype=dtype).mT
+    return torch.mul(A.to(dtype), coefficients.float().view(-1, 1, 1), out=scaled)
 
 
 def _one_tile(total: Tensor, dtype: torch.dtype) -> bool:
@@ -186,8 +200,10 @@ def add_low_rank_sum_(
     _check(total, dtype)
     draws, _, rank = A.shape
     if total.numel() and draws:
-        coefficients = coefficients.float().contiguous()
-        _add_sum_(total, coefficients, stored(A), stored(B), draws, rank, dtype, alpha, beta)
+        c: Tensor | None = coefficients.float().contiguous()
+        if _is_large(total, dtype):
+            A, c = _scaled(A, coefficients, dtype), None
+        _add_sum_(total, c, stored(A), stored(B), draws, rank, dtype, alpha, beta)
     else:
         scale_(total, beta)
 

@@ -214,6 +214,8 @@ def cases(every: bool) -> Iterator[Case]:
     vector = torch.zeros(512)
     yield "dense_of_members philox", partial(dense.dense_of_members, vector, keys, signs, 0.1, **philox)
     yield "add_dense_sum_drawn_ philox", partial(dense.add_dense_sum_drawn_, vector, signs, keys, **philox)
+    sizes = 2, 2048, 2048  # rank, features in and out
+    yield "draw_both_factors", partial(noise.draw_both_factors, keys, None, *sizes, "float32", "threefry", NARROW[0])
     yield from linear_cases(every)
     yield from update_cases(every, keys, signs)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.torch import EGGROLLTrainer
-from eggroll_torch import kernels
+from eggroll_torch import kernels, noise
+from eggroll_torch.kernels import noise as kernels_noise
 from eggroll_torch.update import direction
 
 ROWS, TOKENS = 3, 4
@@ -60,8 +61,17 @@ def without_kernels() -> Iterator[None]:
 
 rngs = pytest.mark.parametrize("rng", ["threefry", "philox"])
 
-# With the kernels, and without them.
-WAYS = (contextlib.nullcontext, without_kernels)
+
+@contextlib.contextmanager
+def on_the_fly() -> Iterator[None]:
+    """A population too large for its noise to be kept: every kernel draws what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "KEPT", 0)
+        yield
+
+
+# With kernels that draw in registers, with noise that a kernel has drawn into memory, and without kernels.
+WAYS = (on_the_fly, contextlib.nullcontext, without_kernels)
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -70,9 +80,42 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert float((actual.float() - expected.float()).abs().max()) <= tolerance * scale
 
 
-def test_noise_of_matrices_and_vectors_is_never_in_memory(device: torch.device):
+def drawn_into_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[int]:
+    """Of each time that a kernel draws factors into memory, during one generation, for how many draws."""
+    draw, calls = kernels_noise.draw_both_factors, []
+
+    def counted(keys: Tensor, *rest: Any) -> Tensor:
+        calls.append(len(keys))
+        return draw(keys, *rest)
+
+    monkeypatch.setattr(kernels_noise, "draw_both_factors", counted)
+    trainer_of(torch.bfloat16, device, **options).step()
+    return calls
+
+
+def test_what_no_kernel_draws_is_stored_for_a_chunk(device: torch.device):
     source = trainer_of(torch.float32, device).ask().weights.source  # type: ignore[attr-defined]
     assert set(source.chunk(range(8)).noise) == {"conv.weight", "experts"}
+
+
+def test_little_noise_is_drawn_once_for_the_forward_pass_and_the_update(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    assert drawn_into_memory(device, monkeypatch) == [4] * 3  # three matrices
+    assert drawn_into_memory(device, monkeypatch, chunk_size=4) == [2] * 6
+
+
+def test_much_noise_of_matrices_is_not_in_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    with on_the_fly():
+        assert drawn_into_memory(device, monkeypatch) == []
+
+
+def test_how_much_is_little(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    bytes_of_a_draw = 2 * 2 * (7 + 6 + 9 + 6 + 9 + 5)  # rank 2, bfloat16
+    for room, drawn in ((4 * bytes_of_a_draw, 3), (4 * bytes_of_a_draw - 1, 0)):
+        monkeypatch.setattr(noise, "KEPT", room / 4)
+        with pytest.MonkeyPatch.context() as patch:
+            assert len(drawn_into_memory(device, patch)) == drawn
 
 
 @pytest.mark.parametrize(("antithetic", "rng"), [(True, "threefry"), (False, "threefry"), (True, "philox")], ids=str)
@@ -88,23 +131,26 @@ def test_members_are_those_without_kernels(
             population = trainer.ask()
             outputs.append((population(x[0]), population(x, per_member=True)))
             states.append([population.state_dict(index) for index in (0, 5)])
-    for actual, expected in zip(*outputs, strict=True):
-        close(actual, expected, dtype)
-    for with_kernels, plain in zip(*states, strict=True):
-        for name, tensor in plain.items():
-            close(with_kernels[name], tensor, dtype)
+    for found in outputs[:-1]:
+        for actual, expected in zip(found, outputs[-1], strict=True):
+            close(actual, expected, dtype)
+    for found in states[:-1]:
+        for with_kernels, plain in zip(found, states[-1], strict=True):
+            for name, tensor in plain.items():
+                close(with_kernels[name], tensor, dtype)
 
 
 @rngs
 def test_factors_of_a_member_are_those_without_kernels(rng: str, device: torch.device):
-    noise = {"out": "frozen", "experts": "frozen"}
+    frozen = {"out": "frozen", "experts": "frozen"}
     adapters = []
     for way in WAYS:
         with way():
-            adapters.append(trainer_of(torch.float32, device, noise=noise, rng=rng).ask().lora(3))
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, tensor in adapters[1].items():
-        close(adapters[0][name], tensor, torch.float32)
+            adapters.append(trainer_of(torch.float32, device, noise=frozen, rng=rng).ask().lora(3))
+    for found in adapters[:-1]:
+        assert found.keys() == adapters[-1].keys()
+        for name, tensor in adapters[-1].items():
+            close(found[name], tensor, torch.float32)
 
 
 @rngs
@@ -116,19 +162,20 @@ def test_a_run_is_that_without_kernels(dtype: torch.dtype, rng: str, device: tor
             before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
             metrics = [trainer.step() for _ in range(1 if dtype != torch.float32 else 3)]
             runs.append((metrics, {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}))
-    (metrics, steps), (expected_metrics, expected_steps) = runs
+    *others, (expected_metrics, expected_steps) = runs
     tolerance = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    for ours, theirs in zip(metrics, expected_metrics, strict=True):
-        assert ours["mean_fitness"] == pytest.approx(theirs["mean_fitness"], rel=tolerance)
-    for name, step in expected_steps.items():
-        if dtype == torch.float32:
-            close(steps[name], step, dtype)
-        else:
-            # Fitness that is rounded otherwise is shaped otherwise: directions agree, not digits.
-            cosine = torch.nn.functional.cosine_similarity(
-                steps[name].float().flatten(), step.float().flatten(), dim=0
-            )
-            assert cosine > 0.98, name
+    for metrics, steps in others:
+        for ours, theirs in zip(metrics, expected_metrics, strict=True):
+            assert ours["mean_fitness"] == pytest.approx(theirs["mean_fitness"], rel=tolerance)
+        for name, step in expected_steps.items():
+            if dtype == torch.float32:
+                close(steps[name], step, dtype)
+            else:
+                # Fitness that is rounded otherwise is shaped otherwise: directions agree, not digits.
+                cosine = torch.nn.functional.cosine_similarity(
+                    steps[name].float().flatten(), step.float().flatten(), dim=0
+                )
+                assert cosine > 0.98, name
 
 
 def test_a_matrix_summed_at_once_has_its_direction_in_its_own_dtype(device: torch.device):
@@ -152,5 +199,6 @@ def test_autocast(device: torch.device):
             population = trainer_of(torch.float32, device).ask()
             with torch.autocast(device.type, torch.bfloat16):
                 outputs.append(population(x))
-    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
-    close(*outputs, torch.bfloat16)
+    for found in outputs:
+        assert found.dtype == torch.bfloat16
+        close(found, outputs[-1], torch.bfloat16)

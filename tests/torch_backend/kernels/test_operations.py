@@ -23,6 +23,7 @@ def arguments(device: torch.device) -> dict[str, tuple]:
     return {
         "fold_in": (keys, places),
         "draw_rows": (keys.view(1, DRAWS, 2), places % DRAWS, counters, "bfloat16", torch.float16, "philox"),
+        "draw_both_factors": (keys, coefficients, RANK, IN, OUT, "float32", "philox", torch.bfloat16),
         "linear_of_members": (x, weight, bias, A, B, signs, 0.3, "relu", False),
         "linear_of_members_drawn": (x, weight, None, keys, RANK, signs, 0.3, keys, 0.1, "float16", "philox", "gelu"),
         "add_low_rank_sum_": (torch.randn(OUT, IN, device=device), coefficients, A, B),
@@ -35,7 +36,7 @@ def arguments(device: torch.device) -> dict[str, tuple]:
 OPERATIONS = {
     name: getattr(module, name)
     for module, names in (
-        (noise, ["fold_in", "draw_rows"]),
+        (noise, ["fold_in", "draw_rows", "draw_both_factors"]),
         (linear, ["linear_of_members", "linear_of_members_drawn"]),
         (update, ["add_low_rank_sum_", "add_low_rank_sum_drawn_"]),
         (dense, ["dense_of_members", "add_dense_sum_drawn_"]),

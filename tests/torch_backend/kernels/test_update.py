@@ -142,6 +142,20 @@ def test_a_narrow_total_is_rounded_once(beta: float, dtype: torch.dtype, device:
     assert float(off.float().mean()) < 0.01
 
 
+@pytest.mark.parametrize("size", [SIZES[1], SIZES[3]], ids=["rank 3", "rank 16"])
+def test_factors_of_large_matrices_are_scaled_beforehand(
+    size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    case = Sum(size, dtype, device)
+    in_the_kernel = case.stored()
+    launched = []
+    add = update._add_sum_
+    monkeypatch.setattr(update, "_add_sum_", lambda total, c, *rest: (launched.append(c), add(total, c, *rest)))
+    monkeypatch.setattr(update, "_LARGE", 1)
+    assert torch.equal(case.stored(), in_the_kernel)
+    assert (launched[0] is None) == (dtype != torch.float32)
+
+
 def test_strided_factors(dtype: torch.dtype, device: torch.device):
     case = Sum((4, 9, 11, 3), dtype, device)
     rows = torch.randn(4, 7 + 20 * 3, device=device).to(dtype)
