@@ -1,10 +1,10 @@
 """How many draws to evaluate at a time where the caller does not say."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import Literal as Constant
 
@@ -12,17 +12,20 @@ from eggroll import EggrollConfig
 from eggroll.config import as_int
 
 from .layout import Plan
+from .tracing import Traced
 
 __all__ = ["BatchSize", "check_batch_size", "draws_to_evaluate", "draws_to_sum", "largest_value"]
 
+Input = Literal["shared", "factored", "own"]
+"""What all members share; a matrix whose noise stays in factors; or a value of which each member has another."""
 BatchSize = int | Literal["auto"] | None
 
 # Bytes that the largest value of a batch of members may take. On a CPU it and its neighbours then stay in the caches:
 # of batches between 2 members and all of them, those of 2 to 8 MiB were fastest for each model of
 # `benchmarks/jax_generation.py`. Elsewhere larger is better as long as there is room.
 _CACHED, _IN_MEMORY = 4 << 20, 1 << 30
-# Bytes of noise that are held at a time for the update.
-_NOISE = 16 << 20
+# Bytes of noise that are held at a time.
+_NOISE = 32 << 20
 
 
 def check_batch_size(batch_size: BatchSize) -> None:
@@ -33,20 +36,33 @@ def check_batch_size(batch_size: BatchSize) -> None:
         as_int("batch_size", batch_size, 1)
 
 
-def draws_to_evaluate(batch_size: BatchSize, config: EggrollConfig, largest: int) -> int | None:
+def draws_to_evaluate(batch_size: BatchSize, config: EggrollConfig, chosen: Plan, traced: Traced) -> int | None:
     """How many draws' members to evaluate at a time; None for all of them.
 
     Args:
         batch_size: the caller's wish, in members.
-        largest: bytes of the largest value in the evaluation of one member.
+        traced: the function of one member.
     """
+    if batch_size != "auto":
+        return _draws(batch_size, config, 0)
+    kinds: dict[str, Input] = {"low_rank": "factored", "dense": "own", "frozen": "shared"}
+    inputs: list[Input] = [kinds[leaf.kind] for leaf in chosen.leaves]
+    inputs += ["own" if stacked else "shared" for stacked in traced.stacked]
+    dense = (4 * leaf.numbers(config.rank) for leaf in chosen.leaves if leaf.kind == "dense")
+    largest = max(largest_value(traced.jaxpr, inputs), *dense, 1)
     room = _CACHED if jax.default_backend() == "cpu" else _IN_MEMORY
-    return _draws(batch_size, config, room // max(largest * _members_of_a_draw(config), 1))
+    # The noise of a batch is there beside it.
+    fit = min(room // (largest * _members_of_a_draw(config)), _noise_that_fits(config, chosen))
+    return _draws(batch_size, config, fit)
 
 
 def draws_to_sum(batch_size: BatchSize, config: EggrollConfig, chosen: Plan) -> int | None:
     """How many draws' noise to hold at a time for the update; None for that of all."""
-    return _draws(batch_size, config, _NOISE // max(4 * sum(leaf.numbers(config.rank) for leaf in chosen.leaves), 1))
+    return _draws(batch_size, config, _noise_that_fits(config, chosen))
+
+
+def _noise_that_fits(config: EggrollConfig, chosen: Plan) -> int:
+    return _NOISE // max(4 * sum(leaf.numbers(config.rank) for leaf in chosen.leaves), 1)
 
 
 def _draws(batch_size: BatchSize, config: EggrollConfig, fit: int) -> int | None:
@@ -65,32 +81,67 @@ def _members_of_a_draw(config: EggrollConfig) -> int:
     return config.population_size // config.draws
 
 
-def largest_value(closed: ClosedJaxpr, parameters: int) -> int:
-    """Bytes of the largest value that depends on more than parameters.
-
-    What is made of parameters alone, such as a transposed matrix, is shared by the members.
+def largest_value(closed: ClosedJaxpr, inputs: Sequence[Input]) -> int:
+    """Bytes of the largest value in a function that is a member's own, as far as that can be told beforehand.
 
     Args:
-        parameters: how many of the first inputs are parameters.
+        closed: the function of one member.
+        inputs: what each of its inputs is.
+
+    Returns:
+        0 where nothing is a member's own. Values of a size that is not known are left out.
     """
-    return _largest(closed.jaxpr, [place >= parameters for place in range(len(closed.jaxpr.invars))])
+    return _largest(closed.jaxpr, inputs)[0]
 
 
-def _largest(jaxpr: Jaxpr, own: Sequence[bool]) -> int:
-    """`largest_value`; `own` says of each input whether it is more than parameters, as constants are."""
-    mine = {variable for variable, is_mine in zip(jaxpr.invars, own, strict=True) if is_mine} | {*jaxpr.constvars}
+# A factored matrix goes through these as it is, and with a number through those.
+_VIEWS = frozenset(
+    {
+        *("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "split", "rev"),
+        *("convert_element_type", "copy", "neg"),
+    }
+)
+_SCALINGS = frozenset({"mul", "div"})
+
+
+def _largest(jaxpr: Jaxpr, inputs: Sequence[Input]) -> tuple[int, list[Input]]:
+    """`largest_value`, and what the outputs are."""
+    kinds: dict[Any, Input] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def kind_of(variable: Any) -> Input:
+        return "shared" if isinstance(variable, Constant) else kinds.get(variable, "shared")
+
     largest = 0
     for equation in jaxpr.eqns:
-        inputs = [not isinstance(variable, Constant) and variable in mine for variable in equation.invars]
-        if not any(inputs):
-            continue
-        mine.update(equation.outvars)
-        largest = max(largest, *(_bytes(variable.aval) for variable in equation.outvars), 0)
-        for inner in _jaxprs(tuple(equation.params.values())):
-            # The branches of a condition do not get its first input; loops rearrange theirs.
-            matching = inputs[-len(inner.invars) :] if len(inputs) - len(inner.invars) in (0, 1) else None
-            largest = max(largest, _largest(inner, matching or [True] * len(inner.invars)))
-    return largest
+        given = [kind_of(variable) for variable in equation.invars]
+        inside, outputs = _through(equation, given)
+        largest = max(largest, inside)
+        kinds.update(zip(equation.outvars, outputs, strict=True))
+        own = [_bytes(out.aval) for out, kind in zip(equation.outvars, outputs, strict=True) if kind == "own"]
+        largest = max(largest, *own, 0)
+    return largest, [kind_of(variable) for variable in jaxpr.outvars]
+
+
+def _through(equation: Any, given: list[Input]) -> tuple[int, list[Input]]:
+    """What an equation makes of its inputs: bytes of the largest value inside, and what its outputs are."""
+    count, name = len(equation.outvars), equation.primitive.name
+    if "own" not in given:
+        if "factored" not in given:
+            return 0, ["shared"] * count
+        scaled = name in _SCALINGS and any(_size(variable.aval) == 1 for variable in equation.invars)
+        if name in _VIEWS or scaled:
+            return 0, ["factored"] * count
+    inside = 0
+    outputs: list[Input] = ["own"] * count
+    for inner in _jaxprs(tuple(equation.params.values())):
+        # The branches of a condition do not get its first input; loops arrange theirs otherwise.
+        left_out = len(given) - len(inner.invars)
+        inputs: list[Input] = given[left_out:] if left_out in (0, 1) else ["own"] * len(inner.invars)
+        found, outs = _largest(inner, inputs)
+        inside = max(inside, found)
+        if left_out == 0 and name not in ("scan", "while") and len(outs) == count:
+            outputs = outs
+    return inside, outputs
 
 
 def _jaxprs(value: Any) -> list[Jaxpr]:
@@ -101,6 +152,11 @@ def _jaxprs(value: Any) -> list[Jaxpr]:
     return [jaxpr for entry in value for jaxpr in _jaxprs(entry)] if isinstance(value, tuple) else []
 
 
+def _size(aval: Any) -> int:
+    """How many numbers; 0 where a size is a symbol or the value no array."""
+    shape = getattr(aval, "shape", ())
+    return math.prod(shape) if all(isinstance(length, int) for length in shape) else 0
+
+
 def _bytes(aval: Any) -> int:
-    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
-    return 0 if shape is None or dtype is None else int(np.prod(shape)) * dtype.itemsize
+    return _size(aval) * getattr(getattr(aval, "dtype", None), "itemsize", 0)

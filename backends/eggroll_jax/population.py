@@ -72,8 +72,8 @@ def population_apply(
         config: the hyperparameters.
         layout: which parameters are matrices, dense or frozen; see `eggroll.jax.Layout`.
         batch_size: members evaluated at a time, by `jax.lax.map`, rounded up to whole pairs; None for all of them at
-            once. By default as many as keep the largest value of a batch small: within the caches of a CPU, or a
-            GiB elsewhere. The result does not depend on it, memory and time do.
+            once. By default as many as keep the largest value of a batch small, within the caches of a CPU or a GiB
+            elsewhere, and its noise within 32 MiB. The result does not depend on it, memory and time do.
         strict: whether an operation that has to materialise a matrix is an error instead of a warning.
         mesh: devices that share the members along its axis `axis_name`, by `jax.shard_map`; the others stay as
             they are.
@@ -134,10 +134,9 @@ def evaluation_of(
         chosen = plan(params, config, layout)
         stacked = _stacked(args, per_member, config)
         one = [_one_member(arg) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
-        traced = trace(lambda arrays, *args: fn(chosen.tree(arrays), *args), chosen.arrays(params), one)
+        traced = trace(lambda arrays, *args: fn(chosen.tree(arrays), *args), chosen.arrays(params), one, stacked)
         check_used(chosen, traced.used)
-        dense = (4 * leaf.numbers(config.rank) for leaf in chosen.leaves if leaf.kind == "dense")
-        step = draws_to_evaluate(batch_size, config, max(traced.largest, *dense, 0))
+        step = draws_to_evaluate(batch_size, config, chosen, traced)
         # One draw serves the members of a pair: what has an axis of members becomes (draws, members of a draw).
         paired = [
             jax.tree.map(lambda leaf: jnp.reshape(leaf, (config.draws, -1, *jnp.shape(leaf)[1:])), arg)

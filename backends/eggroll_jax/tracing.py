@@ -13,8 +13,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import partial_eval
 
-from .batching import largest_value
-
 __all__ = ["Traced", "trace"]
 
 
@@ -26,22 +24,25 @@ class Traced(NamedTuple):
     out_tree: Any
     used: tuple[bool, ...]
     """Of each parameter, whether the output depends on it."""
-    largest: int
-    """Bytes of the largest value inside that depends on more than parameters."""
+    jaxpr: ClosedJaxpr
+    """The function itself, of the parameters and the leaves of the arguments."""
+    stacked: tuple[bool, ...]
+    """Of each leaf of the arguments, whether members have their own."""
 
 
-def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any]) -> Traced:
+def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any], stacked: Sequence[bool]) -> Traced:
     """Trace ``fn(arrays, *args)``.
 
     Args:
         arrays: the parameters, arrays or `jax.ShapeDtypeStruct`.
-        args: pytrees of the same.
+        args: pytrees of the same, those of one member.
+        stacked: of each of `args`, whether members have their own.
     """
     closed, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     interpret = quax.quaxify(jaxpr_as_fun(without_custom_vjp(closed)))
-    largest = largest_value(closed, len(arrays))
-    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]), largest)
+    leaves = tuple(own for arg, own in zip(args, stacked, strict=True) for _ in jax.tree.leaves(arg))
+    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]), closed, leaves)
 
 
 def without_custom_vjp(closed: ClosedJaxpr) -> ClosedJaxpr:

@@ -50,7 +50,7 @@ def scale_by_eggroll(
         sigma: instead of `config.sigma`; a number or a traced scalar, so that `optax.inject_hyperparams` can
             schedule it.
         layout: as in `population_apply`.
-        batch_size: members whose noise is held at a time; None for all of them. By default that is 16 MiB of it.
+        batch_size: members whose noise is held at a time; None for all of them. By default that is 32 MiB of it.
         template: the whole tree of parameters, required where `update` sees a part of it (`optax.masked`,
             `optax.partition`), since a parameter's noise depends on its place among all.
         mesh, axis_name: devices that share the members, as in `population_apply`.

@@ -16,12 +16,15 @@ def autocasts(device: torch.device) -> bool:
 def autocast_operands(x: Tensor, *others: Tensor | None) -> Any:
     """Operands in the dtype that autocast, where it is on, gives them: `vmap` leaves some as they are.
 
-    What is not floating point, such as keys, stays as it is.
+    What is not floating point, such as keys, stays as it is, and so does float64, as everywhere in PyTorch.
     """
     if not autocasts(x.device):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        operand.to(dtype) if operand is not None and operand.is_floating_point() else operand
-        for operand in (x, *others)
-    )
+
+    def cast(operand: Tensor | None) -> Tensor | None:
+        if operand is None or not operand.is_floating_point() or operand.dtype == torch.float64:
+            return operand
+        return operand.to(dtype)
+
+    return tuple(map(cast, (x, *others)))

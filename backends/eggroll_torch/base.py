@@ -360,8 +360,8 @@ class Trainer(torch.optim.Optimizer):
 
     def _randomness_key(self) -> Tensor:
         """The key of what is random in this generation besides the noise, int32 on the CPU."""
-        key = threefry.fold_in(self._base_key.to(torch.int32), torch.tensor(_RANDOMNESS, dtype=torch.int32))
-        return threefry.fold_in(key, torch.tensor(self.generation, dtype=torch.int32))
+        key = threefry.fold_in(self._base_key.to(torch.int32), threefry.word(_RANDOMNESS))
+        return threefry.fold_in(key, threefry.word(self.generation))
 
     def _parameters_changed(self) -> None:
         """Called when the trained parameters or the key are others than before."""

@@ -165,7 +165,7 @@ def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """
     (bits,) = Rows([Draws(1, tuple(shape))], keys.device).bits(keys.reshape(-1, 1, 2))
     uniforms = bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
-    return uniforms.view(*keys.shape[:-1], *shape)
+    return uniforms.view((*keys.shape[:-1], *shape))
 
 
 def _normals(bits: Tensor, precision: prng.Precision) -> Tensor:

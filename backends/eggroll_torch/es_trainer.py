@@ -145,10 +145,9 @@ class VanillaESTrainer(ESTrainer):
     """
 
     def sample_perturbations(self, population_size: int) -> Tensor:
-        generation_key = threefry.fold_in(
-            self._base_key.to(torch.int32), torch.tensor(self.generation, dtype=torch.int32)
-        )
-        keys = threefry.fold_in(generation_key, torch.arange(population_size, dtype=torch.int32))
+        generation_key = threefry.fold_in(self._base_key.to(torch.int32), threefry.word(self.generation))
+        members = torch.arange(population_size, dtype=torch.int32, device="cpu")
+        keys = threefry.fold_in(generation_key, members)
         size = sum(parameter.numel() for parameter in self._trainable.values())
         rows = Rows([Draws(1, (size,))], self.device)
         return rows.normals(keys.unsqueeze(1).to(self.device))[0].squeeze(1)
@@ -192,7 +191,7 @@ class _FlatWeights:
         """A vector, or several along leading axes, as tensors of the parameters' shapes."""
         parts = flat.split([parameter.numel() for parameter in self._parameters.values()], dim=-1)
         return {
-            name: part.reshape(*part.shape[:-1], *parameter.shape)
+            name: part.reshape((*part.shape[:-1], *parameter.shape))
             for (name, parameter), part in zip(self._parameters.items(), parts, strict=True)
         }
 

@@ -81,7 +81,7 @@ def _as_float64(fitness: Any, members: int) -> Tensor:
         return torch.from_numpy(fitness.astype(np.float64))
     if isinstance(fitness, list | tuple):
         try:
-            return torch.tensor([_number(value) for value in fitness], dtype=torch.float64)
+            return torch.tensor([_number(value) for value in fitness], dtype=torch.float64, device="cpu")
         except (TypeError, ValueError):
             raise TypeError(f"`fitness` must be {members} numbers, got {fitness!r:.80}") from None
     raise TypeError(f"`fitness` must be a tensor, an array or a list of {members} numbers, got {fitness!r:.80}")

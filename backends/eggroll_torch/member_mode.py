@@ -20,7 +20,7 @@ from . import ops, threefry
 from .autocast import autocasts
 from .perturbed import unwrapped
 
-__all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform"]
+__all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform", "vectorised_inside"]
 
 _current: ContextVar["MemberMode | None"] = ContextVar("eggroll_member_mode", default=None)
 
@@ -42,6 +42,7 @@ class MemberMode(TorchFunctionMode):
 
     def __enter__(self) -> "MemberMode":
         self._token = _current.set(self)
+        self.level = torch._C._functorch.maybe_current_level()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -54,7 +55,7 @@ class MemberMode(TorchFunctionMode):
 
     def uniform(self, shape: torch.Size) -> Tensor:
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
-        key = threefry.fold_in(self._key, torch.tensor(self._calls, dtype=torch.int32))
+        key = threefry.fold_in(self._key, threefry.word(self._calls))
         self._calls += 1
         return ops.member_uniform(key.to(self._member.device, non_blocking=True), self._member, list(shape))
 
@@ -70,6 +71,12 @@ def uniform(shape: torch.Size) -> Tensor:
     return mode.uniform(shape)
 
 
+def vectorised_inside() -> bool:
+    """Whether the model itself runs something under `torch.vmap`, or another transformation, right now."""
+    mode = _current.get()
+    return mode is not None and torch._C._functorch.maybe_current_level() != mode.level
+
+
 def replaced(input: Tensor, result: Tensor, inplace: bool) -> Tensor:
     """What a function with an `inplace` argument returns."""
     return input.copy_(result) if inplace else result
@@ -78,8 +85,8 @@ def replaced(input: Tensor, result: Tensor, inplace: bool) -> Tensor:
 def dropout(x: Tensor, p: float, shape: torch.Size | None = None) -> Tensor:
     """`x` with elements zeroed at rate `p` and the rest scaled up; `shape` broadcasts one decision over axes of 1."""
     mode = _current.get()
-    if mode is None:
-        return F.dropout(x, p) if shape is None else x * F.dropout(torch.ones(shape, dtype=x.dtype), p)
+    if mode is None or vectorised_inside():
+        return F.dropout(x, p) if shape is None else x * F.dropout(x.new_ones(shape), p)
     if not 0 <= p <= 1:
         raise ValueError(f"`p` must be a probability, got {p!r}")
     if p == 1:

@@ -132,6 +132,8 @@ class NoiseSource:
         factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
         self._draws_once = factors * config.draws <= 4 * KEPT
         self._stored = [parameter for parameter in self.parameters if parameter not in drawn]
+        # Of a draw that is kept, in numbers of four bytes.
+        self._room_of_a_draw = self.numbers_in_a_draw + (factors // 4 if self._draws_once else 0)
         self._layout = _RowLayout(self._stored, self._first_key, self.device)
         self._last: ChunkNoise | None = None
         self._kept: dict[range, ChunkNoise] = {}
@@ -168,7 +170,7 @@ class NoiseSource:
         draws, signs = perturbation.draws_and_signs(index, self.config)
         keys = self._draw_keys(self._sent(draws[:: self.members_per_draw]))
         drawn = ChunkNoise(members, self._sent(signs), tuple(signs.tolist()), keys, self._layout.draw(keys))
-        if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
+        if sum(map(len, (*self._kept, members))) * self._room_of_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
             self._last = drawn
@@ -287,7 +289,8 @@ class _RowLayout:
             draws = [(parameter, draw) for parameter in members for draw in parameter.draws]
             rows = Rows([Draws(parameter.layers, *draw) for parameter, draw in draws], device, rng)
             keys = [first_key[parameter.name] + layer for parameter, _ in draws for layer in range(parameter.layers)]
-            self._blocks.append((precision, members, rows, torch.tensor(keys).to(device, non_blocking=True)))
+            which = torch.tensor(keys, device="cpu").to(device, non_blocking=True)
+            self._blocks.append((precision, members, rows, which))
 
     def draw(self, keys: Tensor) -> dict[str, perturbation.LowRank | Tensor]:
         """The noise by parameter name for rows of keys, int32 of shape ``(draws, n_keys, 2)``."""
@@ -334,4 +337,4 @@ def _generation_keys(
         perturbation.stacked_keys(keys[parameter.name], parameter.stack).reshape(-1, 2).to(torch.int32)
         for parameter in parameters
     ]
-    return threefry.fold_in(torch.cat(layers), torch.tensor(epoch, dtype=torch.int32))
+    return threefry.fold_in(torch.cat(layers), threefry.word(epoch))

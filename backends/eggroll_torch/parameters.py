@@ -173,10 +173,10 @@ def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:
     if isinstance(seed, Tensor) and seed.ndim == 0:
         seed = seed.item()  # type: ignore[assignment]
     if isinstance(seed, int) or not hasattr(seed, "__len__"):
-        return prng.key(seed, xp=xp)  # type: ignore[arg-type]
-    return prng.key_from_words(seed, xp=xp)
+        return prng.key(seed, xp=xp, device="cpu")  # type: ignore[arg-type]
+    return prng.key_from_words(seed, xp=xp, device="cpu")
 
 
 def fresh_seed() -> int:
     """A seed from PyTorch's global generator, so that `torch.manual_seed` decides it too."""
-    return int(torch.randint(2**63 - 1, ()).item())
+    return int(torch.randint(2**63 - 1, (), device="cpu").item())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eggroll import prng
 
-__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in"]
+__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "word"]
 
 _log = logging.getLogger("eggroll")
 
@@ -59,6 +59,11 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
         return torch.stack(_block(k0, k1, data + k1), dim=-1)
     words = compiled.fold_in(keys.reshape(-1, 2).numpy().view(np.uint32), data.reshape(-1).numpy().view(np.uint32))
     return torch.from_numpy(words.view(np.int32)).view(*shape, 2)
+
+
+def word(value: int) -> Tensor:
+    """A number to fold into keys on the host, int32, whatever PyTorch's default device is."""
+    return torch.tensor(value, dtype=torch.int32, device="cpu")
 
 
 def bits(k0: Tensor, k1: Tensor, counter: Tensor) -> Tensor:

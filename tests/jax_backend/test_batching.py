@@ -1,6 +1,7 @@
 """How many members are evaluated at a time where nobody says."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 
@@ -9,56 +10,73 @@ from eggroll.jax import eggroll, es_value_and_grad, population_apply
 from eggroll_jax import batching
 from eggroll_jax.batching import draws_to_evaluate, draws_to_sum, largest_value
 from eggroll_jax.layout import plan
+from eggroll_jax.tracing import trace
 
 KEY = jax.random.key(0)
 W, X = jnp.ones((50, 40)), jnp.ones((3, 40))
 CONFIG = EggrollConfig(population_size=24)
 
 
-def largest(fn) -> int:
-    return largest_value(jax.make_jaxpr(fn)(W, X), 1)
+def largest(fn, *inputs) -> int:
+    return largest_value(jax.make_jaxpr(fn)(W, X), inputs or ("factored", "shared"))
 
 
 @pytest.mark.parametrize(
     ("fn", "values"),
     [
-        (lambda w, x: x @ w.T, 3 * 50),  # the transposed matrix belongs to no member
+        (lambda w, x: x @ w.T, 3 * 50),  # the transposed matrix stays in factors
         (lambda w, x: jnp.sum(jnp.tile(x @ w.T, 7)), 3 * 50 * 7),
         (jax.jit(lambda w, x: jnp.sum(jax.jit(lambda y, v: jnp.exp(y @ v))(x, 2 * w.T))), 3 * 50),
-        (lambda w, x: jax.lax.scan(lambda carry, row: (carry + jnp.outer(row, row).sum(), None), 0.0, x)[0], 40 * 40),
+        (lambda w, x: jax.lax.scan(lambda c, row: (c + (w @ row).sum(), None), 0.0, x)[0], 50),
         (lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda w, x: jnp.sum(x @ w.T), lambda w, x: 0.0, w, x), 3 * 50),
+        (lambda w, x: jax.lax.cond(w.sum() > 0, lambda: 1.0, lambda: 2.0), 1),
+        (lambda w, x: jax.lax.while_loop(lambda y: y[0, 0] < 3, lambda y: y @ w.T @ w, x), 3 * 50),
         (jax.checkpoint(lambda w, x: jnp.sum(jnp.sin(x @ w.T))), 3 * 50),
-        (lambda w, x: jnp.sum(w * w), 0),
-        (lambda w, x: jnp.sum(jnp.arange(9.0)[:, None] * x[0]), 9 * 40),
-        (lambda w, x: jnp.zeros((0, 5)) @ jnp.zeros((5, 5)) + 0 * x.sum(), 1),
+        (lambda w, x: jnp.sum(jnp.exp(w)), 50 * 40),  # formed for each member
+        (lambda w, x: jnp.sum(jnp.outer(x, x)), 0),  # shared
+        (lambda w, x: jax.random.key(0), 0),
+        (lambda w, x: jax.random.split(jax.random.wrap_key_data((x @ w.T)[0, :2].astype(jnp.uint32))), 3 * 50),
     ],
-    ids=["product", "tiled", "jit in jit", "scan", "cond", "checkpoint", "parameters alone", "constants", "empty"],
 )
 def test_the_largest_value_of_a_member(fn, values):
     assert largest(fn) == 4 * values
 
 
+def test_whose_a_value_is():
+    assert largest(lambda w, x: jnp.outer(x, x), "shared", "own") == 4 * 120 * 120
+    assert largest(lambda w, x: w.T, "own", "shared") == 4 * 50 * 40
+    assert largest(lambda w, x: x @ w.T, "shared", "shared") == 0
+
+
+def draws(room: int, config: EggrollConfig, monkeypatch, platform: str = "cpu") -> int | None:
+    """With 200 bytes for the values of a pair: of one member 25 numbers."""
+    monkeypatch.setattr(batching, "_CACHED", room)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    w, x = jnp.ones((25, 4)), jnp.ones(4)
+    traced = trace(lambda arrays, x: arrays[0] @ x, [w], [x], [False])
+    return draws_to_evaluate("auto", config, plan([w], config, None), traced)
+
+
 @pytest.mark.parametrize(
-    ("room", "draws"),
-    [(0, 1), (2 * 100, 1), (2 * 100 * 5, 4), (2 * 100 * 7, 6), (2 * 100 * 11, 6), (2 * 100 * 12, None)],
+    ("room", "expected"),
+    [(0, 1), (200, 1), (200 * 5, 4), (200 * 7, 6), (200 * 11, 6), (200 * 12, None)],
     ids=["none", "one pair", "no rest", "half", "not less than half", "all"],
 )
-def test_as_many_as_there_is_room_for(room, draws, monkeypatch):
-    monkeypatch.setattr(batching, "_CACHED", room)
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert draws_to_evaluate("auto", CONFIG, 100) == draws
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert draws_to_evaluate("auto", CONFIG, 100) is None
+def test_as_many_as_there_is_room_for(room, expected, monkeypatch):
+    assert draws(room, CONFIG, monkeypatch) == expected
+    assert draws(room, CONFIG, monkeypatch, "gpu") is None
+    monkeypatch.setattr(batching, "_NOISE", 4 * 29 * 2)
+    assert draws(room, CONFIG, monkeypatch, "gpu") == 2
 
 
 def test_a_population_without_divisors_has_a_rest(monkeypatch):
-    monkeypatch.setattr(batching, "_CACHED", 5 * 100)
-    assert draws_to_evaluate("auto", EggrollConfig(population_size=13, antithetic=False), 100) == 5
+    assert draws(5 * 100, EggrollConfig(population_size=13, antithetic=False), monkeypatch) == 5
 
 
 def test_what_the_caller_says_counts():
-    assert draws_to_evaluate(None, CONFIG, 1 << 40) is None
-    assert draws_to_evaluate(5, CONFIG, 1 << 40) == 3
+    chosen, traced = plan(W, CONFIG, None), trace(lambda arrays: jnp.exp(arrays[0]), [W], [], [])
+    assert draws_to_evaluate(None, CONFIG, chosen, traced) is None
+    assert draws_to_evaluate(5, CONFIG, chosen, traced) == 3
     assert draws_to_sum(5, CONFIG, plan(W, CONFIG, None)) == 3
 
 
@@ -92,6 +110,46 @@ def temporaries(members: int) -> int:
     step = es_value_and_grad(lambda w, x: jnp.mean(jnp.tanh(x @ w.T)), config, maximize=True)
     compiled = jax.jit(lambda w, x: step(w, KEY, 0, x)).lower(W, X).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("batch_size", ["auto", None, 4])
+def test_branches_without_operands(batch_size):
+    def fitness(w, x):
+        return (x @ w.T).sum() * jax.lax.switch(jnp.int32(x[0, 0]), [lambda: 1.0, lambda: 2.0])
+
+    assert population_apply(fitness, CONFIG, batch_size=batch_size)(W, KEY, 0, X).shape == (24,)
+
+
+@pytest.mark.parametrize("batch_size", ["auto", None, 4])
+def test_sizes_that_are_symbols(batch_size):
+    apply = population_apply(lambda w, x: jnp.tanh(x @ w.T).sum(), CONFIG, batch_size=batch_size)
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, 40), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda w, x: apply(w, KEY, 0, x)))(jax.ShapeDtypeStruct(W.shape, W.dtype), x)
+    assert jnp.allclose(exported.call(W, X), apply(W, KEY, 0, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["dense", None])
+def test_memory_of_what_is_made_of_parameters_alone(layout):
+    """A megabyte for each of 512 members, where nothing but parameters goes in."""
+    config = EggrollConfig(population_size=512)
+    step = es_value_and_grad(lambda p: jnp.sum(jnp.exp(jnp.outer(p, p))), config, maximize=True, layout=layout)
+    compiled = jax.jit(lambda p: step(p, KEY, 0)).lower(jnp.ones(512)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 24 << 20
+
+
+def test_memory_of_the_noise_of_many_layers():
+    config = EggrollConfig(population_size=2048, rank=4)
+
+    def fitness(layers, x):
+        for w in layers:
+            x = jnp.tanh(w @ x)
+        return x.sum()
+
+    step = es_value_and_grad(fitness, config, maximize=True)
+    layers = [jnp.ones((256, 256)) for _ in range(15)]
+    compiled = jax.jit(lambda layers, x: step(layers, KEY, 0, x)).lower(layers, jnp.ones(256)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * batching._NOISE
 
 
 def test_memory_does_not_follow_the_population(monkeypatch):

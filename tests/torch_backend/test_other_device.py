@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eggroll.torch import EGGROLLTrainer
+from eggroll.torch import EGGROLLTrainer, VanillaESTrainer
 from eggroll_torch import kernels
 
 MEMBERS = 8
@@ -113,6 +113,19 @@ def test_one_member_after_another():
         trainer.ask().weights.member_factors(3)  # type: ignore[attr-defined]
     assert scores == [2.0] * MEMBERS
     assert waits.found == []
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_as_the_default_device():
+    """Keys are made on the host all the same."""
+    with META:
+        trainer = trainer_of(chunk_size=4)
+        index = torch.empty(2, 5, dtype=torch.long)
+        trainer.ask()(index)
+        trainer.tell([float(member) for member in range(MEMBERS)])
+        assert trainer.ask().evaluate(lambda model: float(model(index).ndim)) == [2.0] * MEMBERS
+        perturbations = VanillaESTrainer(trainer.model.parameters(), model=trainer.model).sample_perturbations(3)
+    assert perturbations.device == META
 
 
 def test_waiting_is_noticed():

@@ -1,5 +1,6 @@
 """What is random in the model is each member's own, follows from the seed, and does not depend on the chunks."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +229,90 @@ def test_moments(draw: Callable[[Tensor], Tensor], mean: float, std: float) -> N
     assert torch.isfinite(outputs).all()
     assert abs(float(outputs.mean()) - mean) < 5 * std / (MEMBERS * 5000) ** 0.5
     assert abs(float(outputs.std()) - std) < 0.02 * std
+
+
+SHAPE = (4, 50)
+CALLS: dict[str, Callable[[], Tensor]] = {
+    "randint high": lambda: torch.randint(7, SHAPE),
+    "randint low high": lambda: torch.randint(5, 10, SHAPE),
+    "randint low, high named": lambda: torch.randint(5, high=10, size=SHAPE),
+    "randint named": lambda: torch.randint(low=5, high=10, size=SHAPE),
+    "randint high, low named": lambda: torch.randint(high=10, low=5, size=list(SHAPE), dtype=torch.int8),
+    "randint far up": lambda: torch.randint(2**60, 2**60 + 10, SHAPE) - 2**60,
+    "randint of no dtype": lambda: torch.randint(10, SHAPE, dtype=None),
+    "randint_like": lambda: torch.randint_like(torch.zeros(SHAPE), 5, high=10),
+    "randperm": lambda: torch.randperm(200, dtype=torch.int16),
+    "rand half": lambda: torch.rand(SHAPE, dtype=torch.float16),
+    "rand_like": lambda: torch.rand_like(torch.zeros(SHAPE), dtype=torch.bfloat16),
+    "uniform_": lambda: torch.zeros(SHAPE).uniform_(2, to=3),
+    "normal": lambda: torch.normal(3.0, 1.0, SHAPE, dtype=torch.float64),
+    "normal of tensors": lambda: torch.normal(torch.full(SHAPE, 3.0), torch.tensor(1.0)),
+    "normal_": lambda: torch.zeros(SHAPE).normal_(3, std=1),
+    "bernoulli_": lambda: torch.zeros(SHAPE, dtype=torch.int64).bernoulli_(0.5),
+    "exponential_": lambda: torch.zeros(SHAPE, dtype=torch.float64).exponential_(lambd=4),
+    "gumbel softmax": lambda: F.gumbel_softmax(torch.zeros(SHAPE, dtype=torch.float64), 0.5, True, dim=0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_way_to_call_it_means_what_it_means_in_pytorch(name: str) -> None:
+    expected = CALLS[name]()
+    drawn = trainer_of(Random(lambda x: CALLS[name]() + 0 * x.sum().to(expected.dtype))).ask()(X)
+    assert drawn.dtype == expected.dtype
+    assert drawn.shape == (MEMBERS, *expected.shape)
+    assert differing(drawn.double()) == MEMBERS - 1
+    # Of 200 numbers the middle, and the spread, of 12 times as many others.
+    middle, spread = expected.double().mean(), expected.double().std()
+    assert abs(float(drawn.double().mean() - middle)) < 0.5 * float(spread)
+    assert 0.6 < float(drawn.double().std() / spread) < 1.6
+
+
+WRONG: list[Callable[[], Tensor]] = [
+    lambda: torch.zeros(3).bernoulli_(2.0),
+    lambda: torch.zeros(3).exponential_(-1),
+    lambda: torch.zeros(3).normal_(0, -1),
+    lambda: torch.zeros(3).uniform_(3, 1),
+    lambda: torch.zeros(3, dtype=torch.int64).uniform_(),
+    lambda: torch.normal(0.0, -1.0, (3,)),
+    lambda: torch.rand(3, dtype=torch.int64),
+    lambda: torch.randint(0, 300, (3,), dtype=torch.uint8),
+    lambda: torch.randint(5, 5, (3,)),
+    lambda: torch.randperm(300, dtype=torch.int8),
+]
+
+
+@pytest.mark.parametrize("draw", WRONG)
+def test_what_pytorch_refuses_is_refused_in_its_words(draw: Callable[[], Tensor]) -> None:
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
+        draw()
+    with pytest.raises(type(theirs.value), match=re.escape(str(theirs.value).splitlines()[0])):
+        trainer_of(Random(lambda x: draw() + 0 * x.sum())).ask()(X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniform_numbers_of_a_narrow_dtype_stay_below_1(dtype: torch.dtype) -> None:
+    for draw in (lambda: torch.rand(20_000, dtype=dtype), lambda: torch.rand_like(torch.zeros(20_000, dtype=dtype))):
+        drawn = trainer_of(Random(lambda x, draw=draw: draw() + 0 * x.sum().to(dtype))).ask()(X)
+        assert drawn.dtype == dtype
+        assert 0.99 < float(drawn.max()) < 1
+        assert abs(float(drawn.double().mean()) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), lambda: torch.empty(()).uniform_()])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_single_number(draw: Callable[[], Tensor], one_by_one: bool) -> None:
+    trainer = trainer_of(Random(lambda x: x + draw()))
+    trainer._policy.one_by_one = one_by_one
+    assert differing(trainer.ask()(X)) == MEMBERS - 1
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), lambda: torch.randint(10**6, ())])
+def test_a_vmap_in_the_model_has_its_own_draws(draw: Callable[[], Tensor]) -> None:
+    def entries(x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: row.sum() * 0 + draw(), randomness="different")(x)
+
+    drawn = trainer_of(Random(entries)).ask()(X)
+    assert drawn.unique().numel() == MEMBERS * len(X)
 
 
 def test_permutations_are_permutations() -> None:

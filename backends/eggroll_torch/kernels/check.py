@@ -58,6 +58,8 @@ def _comparisons(device: torch.device, rng: prng.Rng) -> Iterator[Comparison]:
     on_device = _words(keys, device)
     draws = torch.arange(_DRAWS, dtype=torch.int32, device=device)
     yield "fold_in", "equal", lambda: fold_in(_words(key[None, :], device), draws)[:, 0], _signed(keys)
+    # An argument of 1 is compiled apart.
+    yield "fold_in", "equal", lambda: fold_in(_words(key[None, :], device), draws[1:2])[:, 0], _signed(keys[1:2])
 
     coefficients = np.linspace(-1.0, 2.0, _DRAWS)
     c = torch.from_numpy(coefficients).to(device, torch.float32)
@@ -92,7 +94,7 @@ def _vectors(
     )
 
     def total() -> Tensor:
-        summed = torch.zeros(_OUT, device=device)
+        summed = torch.zeros(_OUT, dtype=torch.float32, device=device)
         add_dense_sum_drawn_(summed, c, on_device, rng=rng)
         return summed
 
@@ -130,7 +132,7 @@ def _products(
         )
 
     def total() -> Tensor:
-        summed = torch.zeros(_OUT, _IN, device=device)
+        summed = torch.zeros(_OUT, _IN, dtype=torch.float32, device=device)
         add_low_rank_sum_drawn_(summed, c, on_device, _RANK, dtype, rng=rng)
         return summed
 
@@ -144,7 +146,8 @@ def _products(
 
 def _waves(*shape: int) -> Tensor:
     """Numbers between -1 and 1 without a pattern that a wrong index would preserve."""
-    return torch.arange(math.prod(shape), dtype=torch.float64).mul(0.7).add(0.3).sin().float().view(shape)
+    places = torch.arange(math.prod(shape), dtype=torch.float64, device="cpu")
+    return places.mul(0.7).add(0.3).sin().float().view(shape)
 
 
 def _signed(keys: np.ndarray) -> np.ndarray:

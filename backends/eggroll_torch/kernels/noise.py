@@ -18,9 +18,9 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _fold_in_kernel(keys, data, out, draws, n_keys, BLOCK: tl.constexpr):
+def _fold_in_kernel(keys, data, out, size, n_keys, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < draws.to(tl.int64) * n_keys
+    inside = index < size
     k0, k1 = key_at(keys, index % n_keys, inside)
     folded = tl.load(data + index // n_keys, mask=inside, other=0)
     x0, x1 = _fold_in_registers(k0, k1, folded.to(tl.uint32, bitcast=True))
@@ -41,11 +41,11 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     """
     out = keys.new_empty(len(data), *keys.shape)
     if out.numel():
-        grid = (triton.cdiv(len(data) * len(keys), _BLOCK),)
+        size = len(data) * len(keys)
         launch(
             _fold_in_kernel,
-            grid,
-            *(keys.contiguous(), data.contiguous(), out, len(data), len(keys)),
+            (triton.cdiv(size, _BLOCK),),
+            *(keys.contiguous(), data.contiguous(), out, size, len(keys)),
             device=keys.device,
             BLOCK=_BLOCK,
         )

@@ -220,7 +220,9 @@ def add_low_rank_sum_drawn_(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> None:
-    """`add_low_rank_sum_` whose noise is drawn from its keys, at a time at most two bytes for an element of `total`.
+    """`add_low_rank_sum_` whose noise is drawn from its keys, into a buffer no larger than `total` in 16 bits.
+
+    A small matrix needs no buffer; 16 MiB are given to any other.
 
     Args:
         keys: int32, shape ``(draws, 2)``, from which the factors are drawn as `eggroll.perturbation` lays them out.

@@ -198,6 +198,10 @@ def cases(every: bool) -> Iterator[Case]:
     keys = torch.zeros(64, 2, dtype=torch.int32)
     places = torch.zeros(4096, dtype=torch.int32)
     yield "fold_in", partial(noise.fold_in, keys, places)
+    # An argument of 1 is a constant to the compiler, with fewer methods than a number that it does not know.
+    yield "fold_in of one draw", partial(noise.fold_in, keys, places[:1])
+    yield "fold_in into one key", partial(noise.fold_in, keys[:1], places[:1])
+    yield from cases_of_ones()
     for precision, dtype in (("float32", torch.bfloat16), ("bfloat16", WIDE), ("float16", torch.float16)):
         yield (
             f"draw_rows {precision} to {name_of(dtype)}",
@@ -218,6 +222,23 @@ def cases(every: bool) -> Iterator[Case]:
     yield "draw_both_factors", partial(noise.draw_both_factors, keys, None, *sizes, "float32", "threefry", NARROW[0])
     yield from linear_cases(every)
     yield from update_cases(every, keys, signs)
+
+
+def cases_of_ones() -> Iterator[Case]:
+    """Every size that can be 1, is."""
+    key, place, sign = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.ones(1)
+    yield "draw_rows of ones", partial(noise.draw_rows, key.view(1, 1, 2), place, place)
+    yield (
+        "draw_both_factors of ones",
+        partial(noise.draw_both_factors, key, None, 1, 1, 1, "float32", "threefry", torch.float32),
+    )
+    yield "dense_of_members of ones", partial(dense.dense_of_members, torch.zeros(1), key, sign, 0.1)
+    yield "add_dense_sum_drawn_ of ones", partial(dense.add_dense_sum_drawn_, torch.zeros(1), sign, key)
+    yield "update drawn of ones", partial(update.add_low_rank_sum_drawn_, torch.zeros(1, 1), sign, key, 1)
+    for dtype in (WIDE, NARROW[0]):
+        x, weight = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+        arguments = x, weight, weight[0], key, 1, sign, 0.1, key, 0.1
+        yield f"linear {name_of(dtype)} of ones", partial(linear.linear_of_members_drawn, *arguments)
 
 
 def linear_cases(every: bool) -> Iterator[Case]:

@@ -16,8 +16,13 @@ def test_the_kernels_pass(rng: prng.Rng, device: torch.device):
 
 
 def test_it_does_not_matter_what_is_going_on_around(device: torch.device):
-    with torch.autocast(device.type, torch.bfloat16), torch.enable_grad():
+    with torch.autocast(device.type, torch.bfloat16), torch.enable_grad(), torch.device("meta"):
         assert check.problem(device, "threefry") is None
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert check.problem(device, "threefry") is None
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def slightly_wrong(operation: Callable[..., Any]) -> Callable[..., Any]:
