@@ -82,6 +82,14 @@ def test_autocast(name: str, enabled: bool) -> None:
         assert_members_equal(population, x, 4e-2 if enabled else None)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 5), lambda: nn.Conv1d(2, 3, 3)], ids=["linear", "convolution"])
+def test_autocast_leaves_float64_alone(make: Callable[[], nn.Module]) -> None:
+    model, x = make().double(), torch.randn(3, 2, 8, dtype=torch.float64)
+    population = make_trainer(model, population_size=MEMBERS, rank=2, sigma=0.2).ask()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_members_equal(population, x, 1e-6)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", MODELS)

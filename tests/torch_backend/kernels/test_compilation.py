@@ -40,7 +40,8 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path):
         # LLVM has marked every product and sum as not to be fused, see `normals.normal_of_bits`.
         assert kernel["fusible"] == 0, kernel
     products = [kernel for kernel in kernels if kernel["kernel"] in {"_linear_kernel", "_update_kernel"}]
-    narrow = [kernel for kernel in products if any(word in kernel["case"] for word in ("float16", "tf32"))]
+    large = [kernel for kernel in products if "of ones" not in kernel["case"]]
+    narrow = [kernel for kernel in large if any(word in kernel["case"] for word in ("float16", "tf32"))]
     assert len(narrow) > 5
     for kernel in narrow:
         assert kernel["warp_groups" if capability == 90 else "tensor_cores"] > 0, kernel
