@@ -1,16 +1,22 @@
 """What autocast does to the operands of operations that it cannot see into."""
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_operands", "autocasts"]
+__all__ = ["autocast_operands", "autocasts", "without_autocast"]
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; there are devices that have none."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context for what belongs to no layer, such as a sum over noise: it is computed in its own dtypes."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def autocast_operands(x: Tensor, *others: Tensor | None) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from eggroll import perturbation
 from eggroll.update import direction_scale, weights_of_draws
 
+from .autocast import without_autocast
 from .noise import ChunkNoise, DrawnFactors, NoiseSource
 from .parameters import ParameterNoise
 
@@ -39,7 +40,8 @@ def direction(
         for parameter in source.parameters:
             if place == 0:
                 totals[parameter.name] = _new_total(source, parameter, alone=len(chunks) == 1)
-            _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, beta=float(place > 0))
+            with without_autocast(source.device):
+                _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, beta=float(place > 0))
         if progress is not None:
             progress()
     return {parameter.name: totals[parameter.name].view(parameter.parameter.shape) for parameter in source.parameters}

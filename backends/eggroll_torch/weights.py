@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eggroll.perturbation import LowRank
 
+from .autocast import without_autocast
 from .noise import NoiseSource
 from .perturbed import DenseWeight, Noise, PerturbedWeight, Policy
 
@@ -66,10 +67,11 @@ class EggrollWeights:
     def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         chunk = self.source.chunk_with(member)
         index = member - chunk.members.start
-        return {
-            parameter.name: self.source.member_weight(parameter, chunk, index, dtype)
-            for parameter in self.source.parameters
-        }
+        with without_autocast(self.device):
+            return {
+                parameter.name: self.source.member_weight(parameter, chunk, index, dtype)
+                for parameter in self.source.parameters
+            }
 
     @torch.no_grad()
     def member_factors(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -90,6 +90,21 @@ def test_autocast_leaves_float64_alone(make: Callable[[], nn.Module]) -> None:
         assert_members_equal(population, x, 1e-6)
 
 
+def test_members_and_directions_do_not_know_of_autocast() -> None:
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        trainer = make_trainer(nn.Linear(8, 5), population_size=MEMBERS, rank=2, sigma=0.2, learning_rate=1.0)
+        population = trainer.ask()
+        population(torch.randn(3, 8))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            state = population.state_dict(2)
+            trainer.tell(scores(MEMBERS))
+        found.append([*state.values(), *(parameter.grad for parameter in trainer.model.parameters())])
+    for without, with_autocast in zip(*found, strict=True):
+        assert torch.equal(without, with_autocast)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", MODELS)
