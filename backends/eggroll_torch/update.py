@@ -37,10 +37,10 @@ def direction(
     for place, members in enumerate(chunks):
         chunk = source.chunk(members)
         coefficients = weights_of_draws(weights[members.start : members.stop], chunk.signs, source.config)
-        for parameter in source.parameters:
-            if place == 0:
-                totals[parameter.name] = _new_total(source, parameter, alone=len(chunks) == 1)
-            with without_autocast(source.device):
+        with without_autocast(source.device):
+            for parameter in source.parameters:
+                if place == 0:
+                    totals[parameter.name] = _new_total(source, parameter, alone=len(chunks) == 1)
                 _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, beta=float(place > 0))
         if progress is not None:
             progress()
