@@ -131,7 +131,7 @@ class NoiseSource:
         drawn = [parameter for parameter in self.parameters if self.drawn_by_kernels(parameter)]
         factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
         self._draws_once = factors * config.draws <= 4 * KEPT
-        self._stored = [parameter for parameter in self.parameters if parameter not in drawn]
+        self._stored = [parameter for parameter in self.parameters if not self.drawn_by_kernels(parameter)]
         # Of a draw that is kept, in numbers of four bytes.
         self._room_of_a_draw = self.numbers_in_a_draw + (factors // 4 if self._draws_once else 0)
         self._layout = _RowLayout(self._stored, self._first_key, self.device)
