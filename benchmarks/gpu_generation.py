@@ -95,6 +95,17 @@ class Case:
             "generation": forward + 2 * weight,
         }
 
+    @property
+    def activations(self) -> tuple[float, float]:
+        """Bytes of the inputs and of the outputs of a population."""
+        row = 2.0 * self.width
+        return (1 if self.shared else self.members) * row, self.members * row
+
+    def beyond(self, taken: float) -> float:
+        """What of the memory that a generation takes is no output, relative to weights and activations."""
+        inputs, outputs = self.activations
+        return (taken - outputs) / (2.0 * self.width**2 + inputs + outputs)
+
 
 def main() -> int:
     options = _parser().parse_args()
@@ -239,6 +250,8 @@ def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -
         antithetic=True,
         learning_rate=1e-6,
         seed=0,
+        fused=True,
+        snapshots=False,
     )
     chosen: dict[str, Callable[[], object]] = {
         "pure inference": lambda: linear(rows, weight),
@@ -373,7 +386,9 @@ def table(report: dict) -> str:
         "antithetic pairs. Milliseconds, medians. A ratio is the time of pure batched inference (of a generation: of "
         "the products alone, inference and update) over that of the method; more is better. In brackets: the share "
         "of the nearer ceiling, of products or of bytes. GPU busy is the time in which the GPU works; "
-        "in the rest it waits for the host. Memory is what a generation takes beyond model and inputs.",
+        "in the rest it waits for the host. A generation takes SGD's step where the direction is summed and keeps "
+        "no snapshots. Its memory is what it takes beyond model and inputs, in brackets what of it is no output, "
+        "relative to weights and activations.",
         "",
         "| d | members | rank | input | inference | "
         + "".join(f"{name} | ratio | " for name in FORWARDS)
@@ -397,7 +412,7 @@ def table(report: dict) -> str:
         def ratio(name: str, reference: str, t: dict = t) -> str:
             return f"{t[reference] / t[name]:.2f}" if {name, reference} <= t.keys() else "-"
 
-        full = case["full-rank ES"]
+        full, taken = case["full-rank ES"], case["bytes"].get("generation", math.nan)
         cells = [
             case["width"],
             case["members"],
@@ -409,7 +424,7 @@ def table(report: dict) -> str:
             ratio("generation", "two products"),
             f"{t['generation, GPU busy']:.3f}" if "generation, GPU busy" in t else "-",
             ratio("generation, GPU busy", "two products"),
-            f"{case['bytes'].get('generation', math.nan) / 1e6:.0f}",
+            f"{taken / 1e6:.0f} ({100 * size.beyond(taken):.0f} %)",
             f"{full['milliseconds of all']:.1f} ({full['members']})",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -24,10 +24,13 @@ from torch import nn
 from workloads import WORKLOADS, Workload, mlp
 
 from eggroll.torch import EGGROLLTrainer, Population, VanillaESTrainer
+from eggroll_torch.memory import PeakMemory
 
 SCALING = [2**power for power in range(8, 17)]
 SCALING_CHUNK = 256
 """Members at a time in the scaling run (W7)."""
+WIDTH, WIDE_MEMBERS, WIDE_ROWS = 4096, 16, 4
+"""Of the run whose weights are larger than all else (W8)."""
 
 
 def main() -> None:
@@ -39,10 +42,12 @@ def main() -> None:
     chosen = [w for w in WORKLOADS if not options.only or w.name in options.only]
     results = [measure(workload, device, options.repeats) for workload in chosen]
     scaling = [] if options.only and "W7" not in options.only else measure_scaling()
+    wide = {} if options.only and "W8" not in options.only else measure_wide(device, options.repeats)
     report = {
         "machine": machine(device),
         "workloads": results,
         "scaling": {"chunk_size": SCALING_CHUNK, "points": scaling},
+        "wide": wide,
         "peers": peers(options.peers) if options.peers else [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -200,6 +205,37 @@ def scaling_point(members: int) -> dict:
     }
 
 
+def measure_wide(device: torch.device, repeats: int) -> dict:
+    """W8: weights that are larger than all else, by default and with what spares them.
+
+    Memory is the most that is alive at once beyond the weights themselves, in multiples of these.
+    """
+    x = torch.randn(WIDE_ROWS, WIDTH, device=device)
+    trainers, memory = {}, {}
+    for name, sparing in (("default", {}), ("fused, no snapshots", {"fused": True, "snapshots": False})):
+        torch.manual_seed(0)
+        model = mlp(WIDTH, WIDTH, WIDTH).to(device)
+        with PeakMemory() as peak:
+            trainer = EGGROLLTrainer(
+                model.parameters(),
+                model=model,
+                population_fitness_fn=lambda population: score(population(x)),
+                population_size=WIDE_MEMBERS,
+                antithetic=True,
+                learning_rate=1e-6,
+                seed=0,
+                **sparing,
+            )
+            trainer.step()
+            trainer.step()
+        memory[name] = peak.peak / sum(p.numel() * p.element_size() for p in model.parameters())
+        trainers[name] = trainer.step
+    times = in_turns(trainers, repeats, device)
+    found = {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    print("W8", found, memory, flush=True)
+    return {"milliseconds": found, "memory of weights": memory}
+
+
 def peak_megabytes() -> float:
     """The most memory that this process has held, from Linux: `ru_maxrss` would include the process it came from."""
     status = Path("/proc/self/status").read_text()
@@ -259,6 +295,16 @@ def table(report: dict) -> str:
             "| members | microseconds per member | peak memory of the process, MB |",
             "|---|---|---|",
             *(f"| {p['members']} | {p['microseconds_per_member']:.1f} | {p['peak_megabytes']:.0f} |" for p in points),
+        ]
+    if report["wide"]:
+        t, memory = report["wide"]["milliseconds"], report["wide"]["memory of weights"]
+        lines += [
+            "",
+            f"W8: MLP 3 x {WIDTH}, {WIDE_MEMBERS} members, {WIDE_ROWS} shared inputs: weights larger than all else.",
+            "",
+            "| | generation | memory beyond the weights, of the weights |",
+            "|---|---|---|",
+            *(f"| {name} | {t[name]:.0f} | {memory[name]:.2f} |" for name in t),
         ]
     return "\n".join(lines) + "\n"
 

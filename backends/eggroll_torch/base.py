@@ -1,16 +1,17 @@
 """What every evolution strategies trainer shares: the generation loop around a `torch.optim` optimizer."""
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eggroll.config import as_choice, as_int, as_positive_float
+from eggroll.config import as_bool, as_choice, as_int, as_positive_float
 
 from . import threefry
 from .chunking import Chunking, ChunkSize
@@ -60,6 +61,7 @@ class Trainer(torch.optim.Optimizer):
         chunk_size: ChunkSize,
         nonfinite: Nonfinite,
         randomness: Randomness,
+        snapshots: bool,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -72,6 +74,7 @@ class Trainer(torch.optim.Optimizer):
         self._chunking = Chunking(chunk_size)
         self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
         self.randomness = as_choice("randomness", randomness, ("different", "same"))
+        self.snapshots = as_bool("snapshots", snapshots)
         self.seed = fresh_seed() if seed is None else seed
         self._base_key = base_key_of(self.seed)
         _check_factory(optimizer)
@@ -97,7 +100,7 @@ class Trainer(torch.optim.Optimizer):
             model.to(device)
         self.device = next(iter(self._trainable.values())).device
         self._initial_options = [_options(group) for group in self.param_groups]
-        self._initial_parameters = self._copy_of_parameters()
+        self._initial_parameters = self._copy_of_parameters() if self.snapshots else {}
         self._initial_sigma = self.sigma
         self._ready = True
 
@@ -110,6 +113,10 @@ class Trainer(torch.optim.Optimizer):
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         """The direction to descend, by parameter name, from float64 fitness of shape ``(population_size,)``."""
         raise NotImplementedError
+
+    def _update(self, weights: MemberWeights, fitness: Tensor) -> Callable[[], None]:
+        """What takes the step. All that the caller's input can make fail has been done when it is returned."""
+        return functools.partial(self._descend, self._directions(weights, fitness))
 
     def _hyperparameters(self) -> dict[str, Any]:
         """What has to be equal for a saved run to go on as the same run."""
@@ -159,15 +166,16 @@ class Trainer(torch.optim.Optimizer):
         scores = as_fitness(fitness, self.population_size, self.nonfinite)  # type: ignore[arg-type]
         for group in self.param_groups:
             _check_lr(group["lr"])
-        directions = self._directions(population.weights, scores)
+        update = self._update(population.weights, scores)
         best = int(scores.argmax())
         better = float(scores[best]) > self.best_fitness
-        best_state = population.weights.materialise(best) if better else None
+        best_state = population.weights.materialise(best) if better and self.snapshots else self._best_state
         with uninterrupted():
-            self._descend(directions)
-            if best_state is not None:
-                self.best_fitness = float(scores[best])
-                self._best_state = best_state
+            update()
+            # Schedulers ask whether an optimizer has stepped, which tell() does without step().
+            self._opt_called = self.optimizer._opt_called = True  # type: ignore[attr-defined]
+            self.best_fitness = max(self.best_fitness, float(scores[best]))
+            self._best_state = best_state
             self.generation += 1
             self.fitness_history.append(float(scores.mean()))
             self._population = None
@@ -230,7 +238,12 @@ class Trainer(torch.optim.Optimizer):
         }
 
     def get_best_model(self) -> nn.Module:
-        """A copy of the model with the weights of the best member seen; the current model before any generation."""
+        """A copy of the model with the weights of the best member seen; the current model before any generation.
+
+        Raises:
+            RuntimeError: the trainer keeps no `snapshots`.
+        """
+        self._check_snapshots("get_best_model")
         best = copy.deepcopy(self.model)
         if self._best_state is not None:
             with torch.no_grad():
@@ -240,7 +253,12 @@ class Trainer(torch.optim.Optimizer):
         return best
 
     def reset(self) -> None:
-        """Back to the start: initial parameters, learning rates and sigma, no optimizer state, no history."""
+        """Back to the start: initial parameters, learning rates and sigma, no optimizer state, no history.
+
+        Raises:
+            RuntimeError: the trainer keeps no `snapshots`.
+        """
+        self._check_snapshots("reset")
         with uninterrupted():
             with torch.no_grad():
                 for name, parameter in self._trainable.items():
@@ -338,6 +356,9 @@ class Trainer(torch.optim.Optimizer):
                         f"`state_dict` is of a run with other {what}: {name} is {saved.get(name, 'none')!r} there "
                         f"and {ours.get(name, 'none')!r} here"
                     )
+        best_state = state_dict["best_state"]
+        if self.snapshots and best_state is None and state_dict["generation"] > 0:
+            raise ValueError("`state_dict` holds no best member: it was saved with `snapshots` False, got True here")
         base_key = base_key_of(state_dict["key"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
@@ -347,8 +368,10 @@ class Trainer(torch.optim.Optimizer):
         self.sigma = state_dict["sigma"]
         self.generation = state_dict["generation"]
         self.best_fitness = state_dict["best_fitness"]
-        best_state = state_dict["best_state"]
-        self._best_state = None if best_state is None else {k: v.to(self.device) for k, v in best_state.items()}
+        if self.snapshots and best_state is not None:
+            self._best_state = {name: tensor.to(self.device) for name, tensor in best_state.items()}
+        else:
+            self._best_state = None
         self.fitness_history = list(state_dict["fitness_history"])
         self._parameters_changed()
 
@@ -368,29 +391,37 @@ class Trainer(torch.optim.Optimizer):
 
     def _descend(self, directions: dict[str, Tensor]) -> None:
         """Sets `.grad` of what was perturbed, clears that of the rest, and steps."""
+        with self._gradients_cleared():
+            for name, found in directions.items():
+                self._trainable[name].grad = found.to(self._trainable[name].dtype)
+            self.optimizer.step()
+
+    @contextlib.contextmanager
+    def _gradients_cleared(self) -> Iterator[None]:
+        """A context for a step, which begins without gradients; if it raises they are what they were."""
         before = [(parameter, parameter.grad) for parameter in flatten_groups(self.param_groups)]
         try:
             for parameter, _ in before:
                 parameter.grad = None
-            for name, found in directions.items():
-                self._trainable[name].grad = found.to(self._trainable[name].dtype)
-            self.optimizer.step()
+            yield
         except BaseException:
             for parameter, gradient in before:
                 parameter.grad = gradient
             raise
-        # Schedulers attached to the trainer ask whether it has stepped, which tell() does without step().
-        self._opt_called = True
 
     def _copy_of_parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}
+
+    def _check_snapshots(self, method: str) -> None:
+        if not self.snapshots:
+            raise RuntimeError(f"{method}() needs a trainer with `snapshots` True, this one has False")
 
     def _train(self, trainable: dict[str, nn.Parameter]) -> None:
         """Trains these parameters from now on: some were added, frozen, or need a gradient again."""
         if trainable.keys() == self._trainable.keys():
             return
         self._trainable = trainable
-        now = self._copy_of_parameters()
+        now = self._copy_of_parameters() if self.snapshots else {}
         self._initial_parameters = {**now, **self._initial_parameters}
         if self._best_state is not None:
             self._best_state = {**now, **self._best_state}

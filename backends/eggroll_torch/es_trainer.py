@@ -66,6 +66,7 @@ class ESTrainer(Trainer):
         chunk_size: ChunkSize = None,
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
+        snapshots: bool = True,
     ):
         self._sigma = as_positive_float("sigma", sigma)
         super().__init__(
@@ -81,6 +82,7 @@ class ESTrainer(Trainer):
             chunk_size,
             nonfinite,
             randomness,
+            snapshots,
         )
 
     def sample_perturbations(self, population_size: int) -> Tensor:

@@ -1,12 +1,10 @@
-"""`memory_estimate`: what a generation needs, from the sizes of its parts and a measured forward pass."""
+"""The parts of `memory_estimate` that depend on the model: noise, a measured forward pass, outputs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .memory import MemoryEstimate, PeakMemory
+from .memory import PeakMemory
 from .noise import KEPT
 from .population import Population
 from .trees import Parts
@@ -14,10 +12,8 @@ from .trees import Parts
 __all__ = ["estimate"]
 
 
-def estimate(
-    population: Population, args: Any, kwargs: Any, per_member: bool, parameters: Sequence[Tensor]
-) -> MemoryEstimate:
-    """The estimate for a population that is called with `args` and `kwargs`; see `EGGROLLTrainer.memory_estimate`."""
+def estimate(population: Population, args: Any, kwargs: Any, per_member: bool) -> dict[str, int]:
+    """What of a `MemoryEstimate` a call with `args` and `kwargs` decides, by the name of the attribute."""
     weights, members = population.weights, len(population)
     multiple = weights.members_per_draw
     forward = outputs = 0
@@ -31,15 +27,8 @@ def estimate(
         forward = int(peak_few + for_a_member * (chunk - few))
         outputs = of_more * members // more
     noise_of_all, noise_of_chunk = (weights.numbers_in_a_draw * count // multiple for count in (members, chunk))
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return MemoryEstimate(
-        chunk_size=chunk,
-        noise=4 * min(noise_of_all, KEPT + noise_of_chunk),
-        forward=forward,
-        outputs=outputs,
-        update=size + sum(4 * parameter.numel() for parameter in parameters if parameter.element_size() < 4),
-        copies=2 * size,
-    )
+    noise = 4 * min(noise_of_all, KEPT + noise_of_chunk)
+    return {"chunk_size": chunk, "noise": noise, "forward": forward, "outputs": outputs}
 
 
 def _measured(population: Population, count: int, args: Any, kwargs: Any, per_member: bool) -> tuple[int, int]:

@@ -22,8 +22,9 @@ class MemoryEstimate:
         noise: the draws of one chunk, and of others that are kept for the update as long as they are few.
         forward: the forward pass of one chunk: members' dense weights, activations and temporaries.
         outputs: the outputs of all members, which `population(x)` returns.
-        update: the direction, which is left in `.grad`, and its float32 sum.
-        copies: the initial parameters, kept for `reset`, and those of the best member.
+        update: the direction, its float32 sum, and the one of the generation before, which is left in `.grad` until
+            then; with `fused` the sums that cannot be taken in the parameters themselves.
+        copies: the initial parameters, kept for `reset`, and those of the best member, if there are `snapshots`.
     """
 
     chunk_size: int

@@ -7,7 +7,7 @@ the forward pass and the update; a larger one draws it twice and needs no more m
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -81,7 +81,6 @@ class ChunkNoise:
         keys: int32, shape ``(draws, n_keys, 2)``, those of every layer of every parameter.
         noise: by parameter name: `LowRank` factors or a dense tensor, float32, with one leading entry for each draw.
             Of parameters whose noise kernels draw there is none.
-        factors: by parameter name those that kernels have drawn into memory, in the parameter's dtype.
     """
 
     members: range
@@ -89,7 +88,6 @@ class ChunkNoise:
     sign: tuple[float, ...]
     keys: Tensor
     noise: dict[str, perturbation.LowRank | Tensor]
-    factors: dict[str, StoredFactors] = field(default_factory=dict)
 
 
 # Numbers that are kept besides those of the last chunk (16 MiB).
@@ -132,8 +130,7 @@ class NoiseSource:
         factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
         self._draws_once = factors * config.draws <= 4 * KEPT
         self._stored = [parameter for parameter in self.parameters if not self.drawn_by_kernels(parameter)]
-        # Of a draw that is kept, in numbers of four bytes.
-        self._room_of_a_draw = self.numbers_in_a_draw + (factors // 4 if self._draws_once else 0)
+        self._factors: dict[str, StoredFactors] = {}
         self._layout = _RowLayout(self._stored, self._first_key, self.device)
         self._last: ChunkNoise | None = None
         self._kept: dict[range, ChunkNoise] = {}
@@ -147,6 +144,11 @@ class NoiseSource:
     def numbers_in_a_draw(self) -> int:
         """How long a row of noise is, or of keys where no noise is stored."""
         return sum(parameter.draw_size for parameter in self._stored) or 2 * len(self._generation_keys)
+
+    @property
+    def stores_noise(self) -> bool:
+        """Whether a chunk has noise in memory, and not keys alone, which cost next to nothing."""
+        return bool(self._stored)
 
     def drawn_by_kernels(self, parameter: ParameterNoise) -> bool:
         """Whether kernels draw this parameter's noise, where they need it or, if it is little, into memory."""
@@ -170,7 +172,7 @@ class NoiseSource:
         draws, signs = perturbation.draws_and_signs(index, self.config)
         keys = self._draw_keys(self._sent(draws[:: self.members_per_draw]))
         drawn = ChunkNoise(members, self._sent(signs), tuple(signs.tolist()), keys, self._layout.draw(keys))
-        if sum(map(len, (*self._kept, members))) * self._room_of_a_draw <= KEPT * self.members_per_draw:
+        if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
             self._last = drawn
@@ -236,9 +238,26 @@ class NoiseSource:
         keys = self.keys(parameter, chunk)
         if not self._draws_once:
             return DrawnFactors(keys, parameter.rank, parameter.precision, parameter.rng, stored)
-        if parameter.name not in chunk.factors:
-            chunk.factors[parameter.name] = _factors_in_memory(parameter, keys)
-        return chunk.factors[parameter.name]
+        first = chunk.members.start // self.members_per_draw
+        whole, these = self._factors_of_all(parameter), slice(first, first + len(keys))
+        return StoredFactors(whole.A[these], whole.B[these])
+
+    def _factors_of_all(self, parameter: ParameterNoise) -> StoredFactors:
+        """The factors of all draws of a matrix in its own dtype, drawn by a kernel the first time."""
+        if parameter.name not in self._factors:
+            from .kernels.noise import draw_factors
+
+            keys = self._keys_of_all[:, self._first_key[parameter.name]]
+            out_features, in_features = parameter.layer
+            how = parameter.precision, parameter.rng, parameter.parameter.dtype
+            factors = draw_factors(keys, None, parameter.rank, in_features, out_features, *how)
+            self._factors[parameter.name] = StoredFactors(*factors)
+        return self._factors[parameter.name]
+
+    @cached_property
+    def _keys_of_all(self) -> Tensor:
+        """The keys of all draws, as `ChunkNoise.keys`."""
+        return self._draw_keys(torch.arange(self.config.draws, dtype=torch.int32, device=self.device))
 
     def dense(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
@@ -309,15 +328,6 @@ def _drawn_alone(parameter: ParameterNoise, keys: Tensor) -> perturbation.LowRan
         keys.unsqueeze(1).expand(-1, len(draws), -1), parameter.precision
     )
     return _shaped(parameter, drawn)
-
-
-def _factors_in_memory(parameter: ParameterNoise, keys: Tensor) -> StoredFactors:
-    """The factors of a matrix in its own dtype, drawn by a kernel from its keys, int32 of shape ``(draws, 2)``."""
-    from .kernels.noise import draw_factors
-
-    out_features, in_features = parameter.layer
-    how = parameter.precision, parameter.rng, parameter.parameter.dtype
-    return StoredFactors(*draw_factors(keys, None, parameter.rank, in_features, out_features, *how))
 
 
 def _shaped(parameter: ParameterNoise, drawn: Sequence[Tensor]) -> perturbation.LowRank | Tensor:

@@ -1,6 +1,7 @@
 """`EGGROLLTrainer`: trains a `torch.nn.Module` with low-rank evolution strategies."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from eggroll.config import as_bool, as_choice, as_positive_float
 from . import update
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
 from .choices import OPTIONS, choices_by_name
-from .chunking import ChunkSize, chunk_ranges
+from .chunking import Chunking, ChunkSize, chunk_ranges
 from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
 from .memory import MemoryEstimate
@@ -22,6 +23,7 @@ from .noise import NoiseSource
 from .parameters import ParameterNoise, describe_parameters, model_keys
 from .perturbed import Policy
 from .population import MemberWeights, Population, Randomness
+from .sgd import check_plain_sgd, plain_sgd_steps
 from .weights import EggrollWeights
 
 __all__ = ["EGGROLLTrainer"]
@@ -64,12 +66,18 @@ class EGGROLLTrainer(Trainer):
             one faster. What is random in the model is Threefry's either way.
         optimizer: makes the optimizer, called with parameter groups and ``lr``: a class of `torch.optim` or a
             `functools.partial` of one.
+        fused: whether the step is taken where the direction is summed: parameters are added to in place, no direction
+            is ever in memory and ``.grad`` is None. `optimizer` has to be `torch.optim.SGD` without momentum (weight
+            decay and `maximize` are fine); its own ``step``, and with it hooks on it, is not called. Parameters agree
+            with those of a run without it to rounding.
         chunk_size: members that are evaluated at a time; all by default. ``"auto"`` measures the first members and
             takes as many as fit the device's free memory. Does not change the result.
         nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
             ``"worst"`` finite member.
         randomness: what is random in the model, such as dropout, is ``"different"`` for each member or the ``"same"``
             in all; either way it follows from `seed`.
+        snapshots: whether to keep the initial parameters, for `reset`, and those of the best member, for
+            `get_best_model`: twice the memory of the parameters. Without them these methods raise.
         noise: how single parameters are perturbed, by name pattern (as in `fnmatch`; the first that fits counts):
             ``"low_rank"``, ``"dense"``, ``"frozen"``, or a mapping with any of ``noise`` (one of these), ``rank`` and
             ``sigma``: ``{"head.*": "dense", "*.weight": {"rank": 4, "sigma": 0.02}}``. Parameter groups take the same
@@ -117,9 +125,11 @@ class EGGROLLTrainer(Trainer):
         noise_dtype: str = "float32",
         rng: str = "threefry",
         optimizer: OptimizerFactory = torch.optim.SGD,
+        fused: bool = False,
         chunk_size: ChunkSize = None,
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
+        snapshots: bool = True,
         noise: Mapping[str, Any] | None = None,
         unused: Literal["raise", "ignore"] = "raise",
         strict: bool = False,
@@ -140,6 +150,7 @@ class EGGROLLTrainer(Trainer):
         self._policy = Policy(strict=as_bool("strict", strict))
         self.unused = as_choice("unused", unused, ("raise", "ignore"))
         self._patterns = None if noise is None else dict(noise)
+        self.fused = as_bool("fused", fused)
         super().__init__(
             params,
             model,
@@ -153,6 +164,7 @@ class EGGROLLTrainer(Trainer):
             chunk_size,
             nonfinite,
             randomness,
+            snapshots,
         )
         self._parameters_changed()
 
@@ -177,8 +189,12 @@ class EGGROLLTrainer(Trainer):
             *args, **kwargs, per_member: an example of a call of the population. Its forward pass is measured on the
                 first members; without arguments, what it needs is left out.
         """
-        population = Population(self.model, self._member_weights(), range(self.population_size), self._chunking)
-        return estimate(population, args, kwargs, per_member, [p.parameter for p in self._describe()])
+        weights = self._member_weights()
+        population = Population(self.model, weights, range(self.population_size), self._chunking)
+        found = estimate(population, args, kwargs, per_member)
+        needed = update.memory(weights.source, len(self._chunks(weights.source)), in_place=self.fused)
+        of_parameters = sum(p.parameter.numel() * p.parameter.element_size() for p in weights.source.parameters)
+        return MemoryEstimate(**found, update=needed, copies=2 * of_parameters if self.snapshots else 0)
 
     @property
     def _group_options(self) -> tuple[str, ...]:
@@ -198,21 +214,54 @@ class EGGROLLTrainer(Trainer):
         source = NoiseSource(self._describe(), self._keys, self.generation, self.config)
         return EggrollWeights(source, self._policy, self._randomness_key())
 
+    def _update(self, weights: MemberWeights, fitness: Tensor) -> Callable[[], None]:
+        if not self.fused:
+            return super()._update(weights, fitness)
+        assert isinstance(weights, EggrollWeights)
+        steps = plain_sgd_steps(self.optimizer)
+        unused = self._unused(weights.source)
+        of_names = {name: steps[p] for name, p in self._trainable.items() if name not in unused}
+        how = shaped_weights(fitness, weights.source.config), self._chunks(weights.source), of_names
+        return functools.partial(self._descend_in_place, weights.source, *how)
+
+    def _descend_in_place(self, source: NoiseSource, *how: Any) -> None:
+        """The step of plain SGD; see `update.descend_`."""
+        with self._gradients_cleared():
+            update.descend_(source, *how)
+
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, EggrollWeights)
         source = weights.source
+        unused = self._unused(source)
+        found = update.direction(source, shaped_weights(fitness, source.config), self._chunks(source))
+        return {name: direction for name, direction in found.items() if name not in unused}
+
+    def _unused(self, source: NoiseSource) -> list[str]:
+        """The parameters to leave as they are because they took no part in the forward pass."""
         unused = self._policy.unused(parameter.name for parameter in source.parameters)
         if unused and self.unused == "raise":
             raise ValueError(
                 f"`params` must take part in the forward pass, but {', '.join(map(repr, unused))} did not: "
                 "leave such parameters out, or `unused='ignore'` leaves them as they are"
             )
-        everyone = range(len(fitness))
-        size = self._chunking.noise(len(fitness), source.members_per_draw, source.numbers_in_a_draw)
-        chunks = [everyone] if source.holds(everyone) else list(chunk_ranges(everyone, size, source.members_per_draw))
+        return unused
+
+    def _chunks(self, source: NoiseSource) -> list[range]:
+        """The members in the chunks in which the update is summed."""
+        everyone = range(self.population_size)
+        if source.holds(everyone):
+            return [everyone]
+        # A kernel sums all of its draws at once, in one pass over the matrix, and needs no memory for their noise.
+        chunking = self._chunking if source.stores_noise else Chunking(None)
+        size = chunking.noise(len(everyone), source.members_per_draw, source.numbers_in_a_draw)
         # The last chunk evaluated is the one whose noise is still there.
-        found = update.direction(source, shaped_weights(fitness, source.config), reversed(chunks))
-        return {name: direction for name, direction in found.items() if name not in unused}
+        return list(chunk_ranges(everyone, size, source.members_per_draw))[::-1]
+
+    def _check_group_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        groups = list(groups)
+        super()._check_group_options(groups)
+        if self.fused:
+            check_plain_sgd(self.optimizer, groups)
 
     def _hyperparameters(self) -> dict[str, Any]:
         values = {**super()._hyperparameters(), **asdict(self.config)}

@@ -1,6 +1,6 @@
 """The direction that the optimizer descends, summed over chunks of members. The oracle is `eggroll.update`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from eggroll.update import direction_scale, weights_of_draws
 from .autocast import without_autocast
 from .noise import ChunkNoise, DrawnFactors, NoiseSource
 from .parameters import ParameterNoise
+from .totals import add_
 
-__all__ = ["direction"]
+__all__ = ["descend_", "direction", "memory"]
 
 
 @torch.no_grad()
@@ -31,28 +32,98 @@ def direction(
         By parameter name, in the shape of the parameter: float32 (float64 for float64 parameters), but in the dtype
         of a narrower parameter where a kernel sums all of its draws at once and rounds the sum.
     """
-    totals: dict[str, Tensor] = {}
     chunks = list(chunks)
+    totals = {parameter.name: _new_total(source, parameter, len(chunks)) for parameter in source.parameters}
+    _sum_(totals, dict.fromkeys(totals, (1.0, 0.0)), source, weights, chunks, progress)
+    return {parameter.name: totals[parameter.name].view(parameter.parameter.shape) for parameter in source.parameters}
+
+
+@torch.no_grad()
+def descend_(
+    source: NoiseSource, weights: Tensor, chunks: Iterable[range], steps: Mapping[str, tuple[float, float]]
+) -> None:
+    """``parameter = beta * parameter + alpha * direction``, without the direction in memory.
+
+    A sum that has to be rounded to the parameter's dtype from time to time, or whose parameter is not contiguous, is
+    taken in memory of its own after all.
+
+    Args:
+        source, weights, chunks: see `direction`.
+        steps: ``(alpha, beta)`` by the name of the parameter; what is not in it stays as it is.
+    """
+    chunks = list(chunks)
+    parameters = {parameter.name: parameter for parameter in source.parameters if parameter.name in steps}
+    totals, scales = {}, dict(steps)
+    apart = []
+    for name, parameter in parameters.items():
+        if _is_summed_in_place(source, parameter, len(chunks)):
+            totals[name] = parameter.parameter.detach().view((*parameter.stack, *parameter.layer))
+        else:
+            totals[name], scales[name] = _new_total(source, parameter, len(chunks)), (1.0, 0.0)
+            apart.append(name)
+    _sum_(totals, scales, source, weights, chunks)
+    for name in apart:
+        weight = parameters[name].parameter.detach()
+        add_(weight, totals.pop(name).view(weight.shape), *steps[name])
+
+
+def memory(source: NoiseSource, chunks: int, *, in_place: bool) -> int:
+    """Bytes of the sums of `descend_`, or of `direction` with gradients: those that they become, and those before.
+
+    Args:
+        chunks: how many.
+        in_place: whether it is `descend_`.
+    """
+    size = 0
+    for parameter in source.parameters:
+        weight, dtype = parameter.parameter, _dtype_of_total(source, parameter, chunks)
+        if in_place:
+            bytes_of_number = 0 if _is_summed_in_place(source, parameter, chunks) else dtype.itemsize
+        else:
+            bytes_of_number = dtype.itemsize + weight.element_size() * (1 if dtype == weight.dtype else 2)
+        size += weight.numel() * bytes_of_number
+    return size
+
+
+def _sum_(
+    totals: Mapping[str, Tensor],
+    scales: Mapping[str, tuple[float, float]],
+    source: NoiseSource,
+    weights: Tensor,
+    chunks: list[range],
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """``total = beta * total + alpha * direction`` for each parameter that has a total, `scales` by name."""
     weights = weights.to(source.device, non_blocking=weights.device.type == "cpu")
     for place, members in enumerate(chunks):
         chunk = source.chunk(members)
         coefficients = weights_of_draws(weights[members.start : members.stop], chunk.signs, source.config)
         with without_autocast(source.device):
             for parameter in source.parameters:
-                if place == 0:
-                    totals[parameter.name] = _new_total(source, parameter, alone=len(chunks) == 1)
-                _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, beta=float(place > 0))
+                if parameter.name in totals:
+                    alpha, beta = scales[parameter.name]
+                    how = alpha, (1.0 if place else beta)
+                    _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, *how)
         if progress is not None:
             progress()
-    return {parameter.name: totals[parameter.name].view(parameter.parameter.shape) for parameter in source.parameters}
 
 
-def _new_total(source: NoiseSource, parameter: ParameterNoise, alone: bool) -> Tensor:
-    """Where a parameter's sum goes, not filled; `alone` says that it is that of one chunk."""
+def _is_summed_in_place(source: NoiseSource, parameter: ParameterNoise, chunks: int) -> bool:
     weight = parameter.parameter
-    rounds_itself = alone and parameter.kind == "low_rank" and source.drawn_by_kernels(parameter)
-    dtype = weight.dtype if rounds_itself else torch.promote_types(weight.dtype, torch.float32)
-    return torch.empty((*parameter.stack, *parameter.layer), dtype=dtype, device=weight.device)
+    return weight.is_contiguous() and weight.dtype == _dtype_of_total(source, parameter, chunks)
+
+
+def _dtype_of_total(source: NoiseSource, parameter: ParameterNoise, chunks: int) -> torch.dtype:
+    """What a parameter's sum is taken in: where a kernel sums all of it at once, the parameter's own dtype."""
+    dtype = parameter.parameter.dtype
+    rounded_once = chunks == 1 and source.drawn_by_kernels(parameter)
+    return dtype if rounded_once else torch.promote_types(dtype, torch.float32)
+
+
+def _new_total(source: NoiseSource, parameter: ParameterNoise, chunks: int) -> Tensor:
+    """Where a parameter's sum goes, not filled."""
+    dtype = _dtype_of_total(source, parameter, chunks)
+    return torch.empty((*parameter.stack, *parameter.layer), dtype=dtype, device=parameter.parameter.device)
 
 
 def _add_sum_(
@@ -61,11 +132,12 @@ def _add_sum_(
     source: NoiseSource,
     parameter: ParameterNoise,
     chunk: ChunkNoise,
+    alpha: float,
     beta: float,
 ) -> None:
-    """``total = beta * total`` and a chunk's part of the direction; with `beta` 0 `total` may hold anything."""
+    """``total = beta * total + alpha *`` a chunk's part of the direction; with `beta` 0 `total` may hold anything."""
     low_rank = parameter.kind == "low_rank"
-    alpha = float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
+    alpha *= float(direction_scale(source.config, low_rank=low_rank, sigma=parameter.sigma, rank=parameter.rank))
     if source.drawn_by_kernels(parameter):
         _add_sum_of_kernels_(total, coefficients, source, parameter, chunk, alpha, beta)
         return

@@ -13,7 +13,11 @@ from eggroll.fitness import shape_fitness
 @pytest.mark.parametrize("chunk_size", [None, 6])
 @pytest.mark.parametrize(
     ("k", "options"),
-    [(0, {}), (1, {}), (2, {}), (3, {}), (5, {"fitness_shaping": "baseline", "optimizer": ClippedSGD})],
+    [
+        *((k, {}) for k in range(4)),
+        *((k, {"fused": True}) for k in (0, 2)),
+        (5, {"fitness_shaping": "baseline", "optimizer": ClippedSGD}),
+    ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_a_recorded_run_replays(k: int, options: dict[str, Any], chunk_size: int | None):

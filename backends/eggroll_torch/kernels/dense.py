@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..totals import add_, scale_
 from .drawing import blocks_of, normals
 from .launch import DTYPES, launch, narrow_table, power_of_two, splits
 from .portable import narrow
 from .threefry import key_at
-from .totals import add_, scale_
 
 __all__ = ["add_dense_sum_drawn_", "dense_of_members"]
 
@@ -112,7 +112,7 @@ def add_dense_sum_drawn_(
     """``total = beta * total + alpha * sum_d c_d * noise_d``, in float32 and in a fixed order.
 
     Args:
-        total: float32, any shape.
+        total: float32, or a narrower dtype, to which the result is then rounded; any shape and strides.
         coefficients: float32, shape ``(draws,)``.
         keys: int32, shape ``(draws, 2)``.
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
@@ -128,7 +128,7 @@ def add_dense_sum_drawn_(
     blocks = triton.cdiv(size, columns)
     parts = splits(blocks, draws * columns, total.device)
     length = triton.cdiv(triton.cdiv(draws, parts), at_once) * at_once
-    partial = total.new_empty(parts, size)
+    partial = total.new_empty(parts, size, dtype=torch.float32)
     launch(
         _dense_sum_kernel,
         (blocks, parts),

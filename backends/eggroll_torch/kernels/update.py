@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..totals import add_, scale_
 from .drawing import blocks_of
 from .factors import factor, pinned
 from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .noise import draw_factors
 from .portable import INTERPRETED, narrow, product
-from .totals import add_, scale_
 
 __all__ = ["add_low_rank_sum_", "add_low_rank_sum_drawn_"]
 

@@ -53,7 +53,7 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == len(cases)  # and the head, without the MLP
     assert "| 0.80 |" in table
-    assert "| 0.50 | 4.000 | 0.75 | 5 | 99.0 (8) |" in table
+    assert "| 0.50 | 4.000 | 0.75 | 5 (46 %) | 99.0 (8) |" in table
     assert "1.20 at d = 1024, 1.20 at d = 4096, 1.20 at d = 8192" in table
     assert "EvoX 30.0 ms (15.0 times a generation here)" in table
     assert (tmp_path / "gpu_generation.png").stat().st_size > 10_000

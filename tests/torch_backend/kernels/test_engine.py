@@ -1,6 +1,7 @@
 """The population engine and the trainer with the kernels, against the same without them."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.torch import EGGROLLTrainer
-from eggroll_torch import kernels, noise
+from eggroll_torch import kernels, noise, update
 from eggroll_torch.kernels import noise as kernels_noise
 from eggroll_torch.update import direction
 
@@ -102,7 +103,7 @@ def test_little_noise_is_drawn_once_for_the_forward_pass_and_the_update(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ):
     assert drawn_into_memory(device, monkeypatch) == [4] * 3  # three matrices
-    assert drawn_into_memory(device, monkeypatch, chunk_size=4) == [2] * 6
+    assert drawn_into_memory(device, monkeypatch, chunk_size=4) == [4] * 3
 
 
 def test_much_noise_of_matrices_is_not_in_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch):
@@ -178,14 +179,56 @@ def test_a_run_is_that_without_kernels(dtype: torch.dtype, rng: str, device: tor
                 assert cosine > 0.98, name
 
 
-def test_a_matrix_summed_at_once_has_its_direction_in_its_own_dtype(device: torch.device):
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_fused_step_is_the_step(dtype: torch.dtype, chunk_size: int | None, device: torch.device):
+    """Parameters agree to what a narrow one is rounded to: once with kernels and a fused step, else twice."""
+    how: dict[str, Any] = {
+        "optimizer": functools.partial(torch.optim.SGD, weight_decay=0.1),
+        "chunk_size": chunk_size,
+    }
+    fitness = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    for way in WAYS:
+        with way():
+            plain, fused = (trainer_of(dtype, device, fused=fused, **how) for fused in (False, True))
+            for trainer in (plain, fused):
+                trainer.ask()
+                trainer.tell(fitness)
+            for ours, theirs in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+                close(ours.detach(), theirs.detach(), dtype)
+                assert ours.grad is None
+
+
+def test_a_fused_step_has_no_direction_in_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """With kernels not in bfloat16 either, whatever the members of a chunk."""
+    trainer = trainer_of(
+        torch.bfloat16, device, fused=True, chunk_size=2, noise={"conv.*": "frozen", "experts": "frozen"}
+    )
+    assert trainer.memory_estimate().update == 0
+    in_place = []
+
+    def counted(source: Any, parameter: Any, *how: Any) -> Any:
+        in_place.append(parameter.name)
+        raise AssertionError
+
+    monkeypatch.setattr(update, "_new_total", counted)
+    population = trainer.ask()
+    for part in population.chunks(2):
+        part(torch.zeros(1, TOKENS, dtype=torch.long, device=device))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.tell(torch.linspace(-1, 1, 8))
+    assert in_place == []
+    for name in ("embed.weight", "norm.weight", "up.weight", "up.bias", "out"):
+        assert not torch.equal(before[name], trainer.model.get_parameter(name)), name
+
+
+def test_what_is_summed_at_once_has_its_direction_in_its_own_dtype(device: torch.device):
     """A float32 sum beside a bfloat16 matrix would be twice as large, and be read and written once more."""
     source = trainer_of(torch.bfloat16, device).ask().weights.source  # type: ignore[attr-defined]
     weights = torch.randn(8)
     at_once = direction(source, weights, [range(8)])
     in_parts = direction(source, weights, [range(4, 8), range(4)])
-    narrow = {name for name, found in at_once.items() if found.dtype == torch.bfloat16}
-    assert narrow == {"embed.weight", "up.weight", "out"}
+    wide = {name for name, found in at_once.items() if found.dtype == torch.float32}
+    assert wide == {"conv.weight", "experts"}
     for name, found in in_parts.items():
         assert found.dtype == torch.float32
         close(at_once[name], found, torch.bfloat16)
