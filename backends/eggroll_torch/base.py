@@ -15,9 +15,10 @@ from eggroll.config import as_bool, as_choice, as_int, as_positive_float
 
 from . import threefry
 from .chunking import Chunking, ChunkSize
-from .fitness import Nonfinite, as_fitness, member_fitness
+from .fitness import Nonfinite, as_finite, as_fitness, member_fitness
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
 from .population import MemberWeights, Population, Randomness
+from .processes import Distributed, Processes
 from .swap import uninterrupted
 
 __all__ = ["Trainer"]
@@ -62,6 +63,7 @@ class Trainer(torch.optim.Optimizer):
         nonfinite: Nonfinite,
         randomness: Randomness,
         snapshots: bool,
+        distributed: Distributed,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -75,9 +77,12 @@ class Trainer(torch.optim.Optimizer):
         self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
         self.randomness = as_choice("randomness", randomness, ("different", "same"))
         self.snapshots = as_bool("snapshots", snapshots)
-        self.seed = fresh_seed() if seed is None else seed
-        self._base_key = base_key_of(self.seed)
         _check_factory(optimizer)
+        self._processes = Processes(distributed)
+        self._processes.share(self._population_size, self._members_per_draw)
+        seed_of_first = self._processes.of_first(fresh_seed() if seed is None else seed)
+        self.seed = seed_of_first if seed is None else seed
+        self._base_key = base_key_of(self.seed)
         self.model = model
         self.fitness_fn = fitness_fn
         self.population_fitness_fn = population_fitness_fn
@@ -99,6 +104,14 @@ class Trainer(torch.optim.Optimizer):
         if device is not None:
             model.to(device)
         self.device = next(iter(self._trainable.values())).device
+        self._processes.same(
+            seed=self._base_key.tolist(),
+            sigma=self.sigma,
+            learning_rate=learning_rate,
+            params={name: tuple(parameter.shape) for name, parameter in self._trainable.items()},
+            **self._hyperparameters(),
+        )
+        self._processes.copy_first_(model)
         self._initial_options = [_options(group) for group in self.param_groups]
         self._initial_parameters = self._copy_of_parameters() if self.snapshots else {}
         self._initial_sigma = self.sigma
@@ -127,19 +140,33 @@ class Trainer(torch.optim.Optimizer):
             "randomness": self.randomness,
         }
 
+    @property
+    def _members_per_draw(self) -> int:
+        """A process evaluates whole multiples of this."""
+        return 1
+
+    def _observed(self) -> Any:
+        """What the other processes have to know of what was seen in this one's forward passes."""
+        return None
+
+    def _learn(self, observed: list[Any]) -> None:
+        """Takes note of what was `_observed` in every process."""
+
     sigma: float
 
     # The generation.
 
     def ask(self) -> Population:
-        """The population of the current generation; the same one until `tell` has finished it."""
+        """The population of the current generation; the same one until `tell` has finished it.
+
+        With `distributed` it is this process's share of it, and ``population.members`` says which members these are.
+        """
         if self._population is None:
             self._train(named_trainable(self.model, flatten_groups(self.param_groups)))
-            members = range(self.population_size)
             self._population = Population(
                 self.model,
                 self._member_weights(),
-                members,
+                self._processes.share(self.population_size, self._members_per_draw),
                 self._chunking,
                 self.randomness,  # type: ignore[arg-type]
             )
@@ -149,7 +176,8 @@ class Trainer(torch.optim.Optimizer):
         """Finishes the generation of the last `ask`: shapes the fitness, sets `.grad`, lets the optimizer step.
 
         Args:
-            fitness: floating point, shape ``(population_size,)``, higher is better: a tensor, an array, or a list.
+            fitness: floating point, shape ``(len(population),)`` for the population of `ask`, higher is better: a
+                tensor, an array, or a list.
 
         Returns:
             Metrics: ``generation`` (finished so far), ``mean_fitness``, ``std_fitness`` and ``max_fitness`` of this
@@ -158,14 +186,12 @@ class Trainer(torch.optim.Optimizer):
         Raises:
             RuntimeError: without `ask`.
             TypeError, ValueError: a fitness of another shape or dtype, or not finite. The generation stays open, and
-                parameters, optimizer and generation are as before.
+                parameters, optimizer and generation are as before. With `distributed` a RuntimeError where another
+                process raises.
         """
+        scores = as_finite(self._fitness_of_all(fitness), self.nonfinite)  # type: ignore[arg-type]
         population = self._population
-        if population is None:
-            raise RuntimeError("tell() finishes the generation of an ask(), and none is open")
-        scores = as_fitness(fitness, self.population_size, self.nonfinite)  # type: ignore[arg-type]
-        for group in self.param_groups:
-            _check_lr(group["lr"])
+        assert population is not None
         update = self._update(population.weights, scores)
         best = int(scores.argmax())
         better = float(scores[best]) > self.best_fitness
@@ -201,22 +227,42 @@ class Trainer(torch.optim.Optimizer):
             )
         already_open = self._population is not None
         try:
-            population = self.ask()
-            if self.fitness_fn is not None:
-                return self.tell(population.evaluate(functools.partial(member_fitness, self.fitness_fn)))
-            assert self.population_fitness_fn is not None
-            return self.tell(self.population_fitness_fn(population))
+            return self.tell(self._processes.together(self._score))
         except BaseException:
             if not already_open:
                 self._abandon()
             raise
+
+    def _score(self) -> Any:
+        population = self.ask()
+        if self.fitness_fn is not None:
+            return population.evaluate(functools.partial(member_fitness, self.fitness_fn))
+        assert self.population_fitness_fn is not None
+        return self.population_fitness_fn(population)
+
+    def _fitness_of_all(self, fitness: Any) -> Tensor:
+        """The fitness of all members, float64 on the CPU, from that of this process's."""
+
+        def of_this_process() -> tuple[int, Tensor, Any]:
+            if self._population is None:
+                raise RuntimeError("tell() finishes the generation of an ask(), and none is open")
+            scores = as_fitness(fitness, len(self._population))
+            for group in self.param_groups:
+                _check_lr(group["lr"])
+            return self.generation, scores, self._observed()
+
+        generations, scores, observed = zip(*self._processes.of_all(of_this_process), strict=True)
+        if len(set(generations)) > 1:
+            raise RuntimeError(f"the processes must be in one generation, they are in {generations}")
+        self._learn(list(observed))
+        return torch.cat(scores)
 
     def train(self, num_generations: int, verbose: bool = True) -> dict[str, Any]:
         """Runs generations.
 
         Args:
             num_generations: how many.
-            verbose: show a progress bar with the mean and the best fitness.
+            verbose: show a progress bar with the mean and the best fitness, in the first process.
 
         Returns:
             ``generation`` (finished in all), ``best_fitness`` and ``fitness_history`` (means of all generations).
@@ -225,7 +271,10 @@ class Trainer(torch.optim.Optimizer):
 
         num_generations = as_int("num_generations", num_generations, 0)
         with tqdm(
-            total=num_generations, disable=not verbose, unit="gen", desc=type(self).__name__.removesuffix("Trainer")
+            total=num_generations,
+            disable=not verbose or self._processes.rank > 0,
+            unit="gen",
+            desc=type(self).__name__.removesuffix("Trainer"),
         ) as bar:
             for _ in range(num_generations):
                 metrics = self.step()

@@ -15,6 +15,7 @@ from .drawing import Draws, Rows
 from .fitness import Nonfinite
 from .perturbed import Policy
 from .population import MemberWeights, Randomness
+from .processes import Distributed
 from .swap import seeded
 
 __all__ = ["ESTrainer", "VanillaESTrainer"]
@@ -67,6 +68,7 @@ class ESTrainer(Trainer):
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
         snapshots: bool = True,
+        distributed: Distributed = False,
     ):
         self._sigma = as_positive_float("sigma", sigma)
         super().__init__(
@@ -83,6 +85,7 @@ class ESTrainer(Trainer):
             nonfinite,
             randomness,
             snapshots,
+            distributed,
         )
 
     def sample_perturbations(self, population_size: int) -> Tensor:

@@ -10,29 +10,41 @@ from torch import Tensor, nn
 from eggroll import EggrollConfig
 from eggroll.fitness import shape_fitness
 
-__all__ = ["Nonfinite", "as_fitness", "member_fitness", "shaped_weights"]
+__all__ = ["Nonfinite", "as_finite", "as_fitness", "member_fitness", "shaped_weights"]
 
 Nonfinite = Literal["raise", "worst"]
 
 
-def as_fitness(fitness: Any, members: int, nonfinite: Nonfinite) -> Tensor:
-    """The fitness of all members as float64 on the CPU.
+def as_fitness(fitness: Any, members: int) -> Tensor:
+    """The fitness of some members as float64 on the CPU.
 
     Args:
         fitness: a floating-point tensor or array of shape ``(members,)``, or a sequence of as many floats.
-        nonfinite: ``"raise"``, or ``"worst"`` to score NaN and infinity as the worst finite fitness.
 
     Raises:
         TypeError: not numbers, or not floating point.
-        ValueError: another shape, or a member's fitness is not finite (or none is, with ``"worst"``).
+        ValueError: another shape.
     """
     scores = _as_float64(fitness, members)
-    if tuple(scores.shape) != (members,):
-        if scores.ndim == 1:
-            raise ValueError(f"`fitness` has {len(scores)} values but the population has {members} members")
-        raise ValueError(
-            f"`fitness` must have the shape ({members},), one value for each member, got {tuple(scores.shape)}"
-        )
+    if tuple(scores.shape) == (members,):
+        return scores
+    if scores.ndim == 1:
+        raise ValueError(f"`fitness` has {len(scores)} values but the population has {members} members")
+    raise ValueError(
+        f"`fitness` must have the shape ({members},), one value for each member, got {tuple(scores.shape)}"
+    )
+
+
+def as_finite(scores: Tensor, nonfinite: Nonfinite) -> Tensor:
+    """The fitness of all members, finite.
+
+    Args:
+        scores: see `as_fitness`.
+        nonfinite: ``"raise"``, or ``"worst"`` to score NaN and infinity as the worst finite fitness.
+
+    Raises:
+        ValueError: a member's fitness is not finite (or none is, with ``"worst"``).
+    """
     bad = ~torch.isfinite(scores)
     if not bad.any():
         return scores

@@ -23,6 +23,7 @@ from .noise import NoiseSource
 from .parameters import ParameterNoise, describe_parameters, model_keys
 from .perturbed import Policy
 from .population import MemberWeights, Population, Randomness
+from .processes import Distributed
 from .sgd import check_plain_sgd, plain_sgd_steps
 from .weights import EggrollWeights
 
@@ -78,6 +79,9 @@ class EGGROLLTrainer(Trainer):
             in all; either way it follows from `seed`.
         snapshots: whether to keep the initial parameters, for `reset`, and those of the best member, for
             `get_best_model`: twice the memory of the parameters. Without them these methods raise.
+        distributed: whether the processes of `torch.distributed`'s default group, or of the group given here, each
+            evaluate a share of the members. Parameters and buffers start as the first process's; then nothing but
+            fitness travels, and every process takes the same step by itself.
         noise: how single parameters are perturbed, by name pattern (as in `fnmatch`; the first that fits counts):
             ``"low_rank"``, ``"dense"``, ``"frozen"``, or a mapping with any of ``noise`` (one of these), ``rank`` and
             ``sigma``: ``{"head.*": "dense", "*.weight": {"rank": 4, "sigma": 0.02}}``. Parameter groups take the same
@@ -130,6 +134,7 @@ class EGGROLLTrainer(Trainer):
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
         snapshots: bool = True,
+        distributed: Distributed = False,
         noise: Mapping[str, Any] | None = None,
         unused: Literal["raise", "ignore"] = "raise",
         strict: bool = False,
@@ -165,6 +170,7 @@ class EGGROLLTrainer(Trainer):
             nonfinite,
             randomness,
             snapshots,
+            distributed,
         )
         self._parameters_changed()
 
@@ -190,7 +196,8 @@ class EGGROLLTrainer(Trainer):
                 first members; without arguments, what it needs is left out.
         """
         weights = self._member_weights()
-        population = Population(self.model, weights, range(self.population_size), self._chunking)
+        members = self._processes.share(self.population_size, self._members_per_draw)
+        population = Population(self.model, weights, members, self._chunking)
         found = estimate(population, args, kwargs, per_member)
         needed = update.memory(weights.source, len(self._chunks(weights.source)), in_place=self.fused)
         of_parameters = sum(p.parameter.numel() * p.parameter.element_size() for p in weights.source.parameters)
@@ -252,7 +259,9 @@ class EGGROLLTrainer(Trainer):
         if source.holds(everyone):
             return [everyone]
         # A kernel sums all of its draws at once, in one pass over the matrix, and needs no memory for their noise.
-        chunking = self._chunking if source.stores_noise else Chunking(None)
+        # Processes that have measured other chunks would sum in another order, and drift apart.
+        measured_apart = self._processes.count > 1 and self.chunk_size == "auto"
+        chunking = self._chunking if source.stores_noise and not measured_apart else Chunking(None)
         size = chunking.noise(len(everyone), source.members_per_draw, source.numbers_in_a_draw)
         # The last chunk evaluated is the one whose noise is still there.
         return list(chunk_ranges(everyone, size, source.members_per_draw))[::-1]
@@ -262,6 +271,18 @@ class EGGROLLTrainer(Trainer):
         super()._check_group_options(groups)
         if self.fused:
             check_plain_sgd(self.optimizer, groups)
+
+    @property
+    def _members_per_draw(self) -> int:
+        return 2 if self.config.antithetic else 1
+
+    def _observed(self) -> tuple[set[str], int]:
+        return self._policy.used, self._policy.forward_passes
+
+    def _learn(self, observed: list[Any]) -> None:
+        for used, forward_passes in observed:
+            self._policy.used |= used
+            self._policy.forward_passes = max(self._policy.forward_passes, forward_passes)
 
     def _hyperparameters(self) -> dict[str, Any]:
         values = {**super()._hyperparameters(), **asdict(self.config)}

@@ -1,0 +1,304 @@
+"""A run on several processes is the run on one: shares of the members, equal fitness, the same step everywhere.
+
+Every test begins processes that talk over gloo on this machine; what they are to do is one of the functions below.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch_backend.support import assert_close, assert_identical, make_trainer, mlp, quadratic, run_state
+
+from eggroll.torch import EGGROLLTrainer, Population, VanillaESTrainer
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="PyTorch was built without gloo"
+)
+
+MEMBERS = 10
+X = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+def in_processes(tmp_path: Path, count: int, body: Callable[[int], Any]) -> list[Any]:
+    """What `body`, given its rank, returns in each of `count` processes."""
+    torch.multiprocessing.spawn(_process, (count, str(tmp_path), body), nprocs=count)
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _process(rank: int, count: int, folder: str, body: Callable[[int], Any]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    try:
+        torch.save(body(rank), f"{folder}/{rank}.pt")
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def fitness_of(population: Population) -> Tensor:
+    return -(population(X) - 1).square().mean((1, 2))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pairs": {"noise_reuse": 2, "population_fitness_fn": fitness_of},
+    "independent": {"population_fitness_fn": fitness_of, "fitness_shaping": "centered_rank", "chunk_size": 2},
+    "one by one": {"fitness_fn": quadratic, "noise_reuse": 2, "optimizer": torch.optim.AdamW},
+    "auto": {"population_fitness_fn": fitness_of, "chunk_size": "auto", "group_size": 5},
+    "fused": {"population_fitness_fn": fitness_of, "fused": True, "noise_reuse": 2},
+    "dropout": {"population_fitness_fn": fitness_of, "noise_reuse": 2},
+    "full rank": {"population_fitness_fn": fitness_of},
+}
+
+
+def trainer_of(kind: str, **options: Any) -> Any:
+    model = mlp(3, 4, 2)
+    if kind == "dropout":
+        model.insert(1, nn.Dropout(0.5))
+    how: dict[str, Any] = {"population_size": MEMBERS, "learning_rate": 0.1, "seed": 3} | KINDS[kind] | options
+    if kind == "full rank":
+        return VanillaESTrainer(model.parameters(), model, **how)
+    return make_trainer(model, **how)
+
+
+def run(kind: str, generations: int = 3, **options: Any) -> tuple[Any, list[dict[str, float]]]:
+    trainer = trainer_of(kind, **options)
+    return trainer, [trainer.step() for _ in range(generations)]
+
+
+def all_kinds(rank: int) -> dict[str, Any]:
+    found = {}
+    for kind in KINDS:
+        trainer, metrics = run(kind, distributed=True)
+        found[kind] = {
+            "members": trainer.ask().members,
+            "metrics": metrics,
+            "state": run_state(trainer),
+            "best": dict(trainer.get_best_model().state_dict()),
+            "saved": trainer.state_dict(),
+        }
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_run_on_several_processes_is_the_run_on_one(count: int, tmp_path: Path):
+    everyone = in_processes(tmp_path, count, all_kinds)
+    for kind in KINDS:
+        found = [theirs[kind] for theirs in everyone]
+        members = [member for theirs in found for member in theirs["members"]]
+        assert members == list(range(MEMBERS))
+        if KINDS[kind].get("noise_reuse") == 2:
+            assert all(len(theirs["members"]) % 2 == 0 for theirs in found)
+        for theirs in found[1:]:
+            for what in ("metrics", "state", "best", "saved"):
+                assert_identical(theirs[what], found[0][what], f"{kind}: {what}")
+        alone, metrics = run(kind)
+        assert_close(torch.tensor(found[0]["state"]["fitness_history"]), torch.tensor(alone.fitness_history), 1e-6)
+        assert [set(row) for row in found[0]["metrics"]] == [set(row) for row in metrics]
+        for name, parameter in alone.model.state_dict().items():
+            assert_close(found[0]["state"]["parameters"][name], parameter, 1e-6)
+        for name, tensor in alone.get_best_model().state_dict().items():
+            assert_close(found[0]["best"][name], tensor, 1e-6)
+
+
+def unlike_the_first(rank: int) -> dict[str, Any]:
+    model = nn.Sequential(mlp(3, 4, seed=rank), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    nn.init.constant_(model[1].running_mean, rank)
+    nn.init.constant_(model[2].weight, rank)
+    torch.manual_seed(rank)
+    parameters = [parameter for name, parameter in model.named_parameters() if name != "2.bias"]
+    trainer = EGGROLLTrainer(parameters, model, population_size=8, distributed=True)
+    metrics = []
+    for _ in range(2):
+        population = trainer.ask()
+        metrics.append(trainer.tell(fitness_of(population)))
+    return {"parameters": dict(model.state_dict()), "metrics": metrics, "seed": trainer.seed}
+
+
+def test_all_start_as_the_first_and_a_seed_is_drawn_for_all(tmp_path: Path):
+    first, second = in_processes(tmp_path, 2, unlike_the_first)
+    assert_identical(second, first)
+    assert float(first["parameters"]["1.running_mean"].abs().max()) == 0
+
+
+def half_of_them(rank: int) -> Any:
+    group = distributed.new_group([1, 2])
+    if rank == 0:
+        with pytest.raises(ValueError, match="a process group that this process belongs to"):
+            trainer_of("pairs", distributed=group)
+        return None
+    trainer, _ = run("pairs", distributed=group)
+    return run_state(trainer)
+
+
+def test_a_group_of_some_processes(tmp_path: Path):
+    _, one, two = in_processes(tmp_path, 3, half_of_them)
+    assert_identical(one, two)
+    alone, _ = run("pairs")
+    for name, parameter in alone.model.state_dict().items():
+        assert_close(one["parameters"][name], parameter, 1e-6)
+
+
+def raised(attempt: Callable[[], Any]) -> str:
+    try:
+        attempt()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def failing(rank: int) -> dict[str, Any]:
+    """Each attempt fails in one process or in all; none may wait for ever, and all can go on afterwards."""
+    found: dict[str, Any] = {}
+    trainer = trainer_of("pairs", distributed=True)
+    before = run_state(trainer)
+
+    def bad(population: Population) -> Tensor:
+        if rank == 1:
+            raise LookupError("no such level")
+        return fitness_of(population)
+
+    trainer.population_fitness_fn = bad
+    found["a score"] = raised(trainer.step)
+    trainer.population_fitness_fn = lambda population: fitness_of(population)[rank:]
+    found["the shape"] = raised(trainer.step)
+    trainer.population_fitness_fn = lambda population: (
+        fitness_of(population).log() if rank else fitness_of(population)
+    )
+    found["nan"] = raised(trainer.step)
+    if rank == 0:
+        trainer.ask()
+    found["no ask"] = raised(
+        lambda: trainer.tell([0.0] * len(trainer.ask().members)) if rank == 0 else trainer.tell([])
+    )
+    trainer._abandon()
+    assert_identical(run_state(trainer), before)
+    trainer.population_fitness_fn = fitness_of
+    trainer.step()
+    found["afterwards"] = run_state(trainer)
+    trainer.generation += rank
+    found["generation"] = raised(trainer.step)
+    found["seed"] = raised(lambda: trainer_of("pairs", distributed=True, seed=rank))
+    found["sigma"] = raised(lambda: trainer_of("pairs", distributed=True, sigma=0.1 + rank))
+    found["rank"] = raised(lambda: trainer_of("pairs", distributed=True, rank=1 + rank))
+    found["too few"] = raised(lambda: trainer_of("pairs", distributed=True, population_size=2))
+    found["kind"] = raised(lambda: trainer_of("pairs", distributed="yes"))
+    return found
+
+
+def test_what_fails_in_one_process_fails_in_all(tmp_path: Path):
+    first, second = in_processes(tmp_path, 2, failing)
+    assert second["a score"] == "LookupError: no such level"
+    assert first["a score"] == "RuntimeError: process 1 of 2 failed with LookupError: no such level"
+    assert second["the shape"] == "ValueError: `fitness` has 5 values but the population has 6 members"
+    assert first["the shape"] == f"RuntimeError: process 1 of 2 failed with {second['the shape']}"
+    assert first["nan"] == second["nan"]
+    assert "it is not for members 4, 5, 6, 7, 8, 9" in first["nan"]
+    assert "none is open" in second["no ask"]
+    assert first["no ask"] == f"RuntimeError: process 1 of 2 failed with {second['no ask']}"
+    assert_identical(second["afterwards"], first["afterwards"])
+    alone, _ = run("pairs", generations=1)
+    assert_close(first["afterwards"]["parameters"]["0.weight"], alone.model.state_dict()["0.weight"], 1e-6)
+    for found in (first, second):
+        assert "the processes must be in one generation, they are in (1, 2)" in found["generation"]
+        assert found["seed"] == "ValueError: `seed` must be the same in every process, got [0, 0], [0, 1]"
+        assert found["sigma"] == "ValueError: `sigma` must be the same in every process, got 0.1, 1.1"
+        assert found["rank"] == "ValueError: `rank` must be the same in every process, got 1, 2"
+        assert found["too few"] == "ValueError: `population_size` must be at least 4 for 2 processes, got 2"
+        assert found["kind"].startswith("TypeError: `distributed` must be a bool or a torch.distributed.ProcessGroup")
+
+
+class Either(nn.Module):
+    """Uses one layer or the other, as the input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, left: bool) -> Tensor:
+        return self.left(x) if left else self.right(x)
+
+
+def one_layer_each(rank: int) -> Any:
+    torch.manual_seed(0)
+    model = Either()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer = make_trainer(model, distributed=True)
+    trainer.tell(-trainer.ask()(X, left=rank == 0).square().mean((1, 2)))
+    assert not any(torch.equal(*pair) for pair in zip(start, model.parameters(), strict=True))
+    trainer = make_trainer(Either(), distributed=True)
+    outputs = trainer.ask()(X, left=True)
+    found = raised(lambda: trainer.tell(-outputs.square().mean((1, 2))))
+    return dict(model.state_dict()), found
+
+
+def test_a_parameter_that_another_process_used_was_used(tmp_path: Path):
+    (first, unused), (second, same) = in_processes(tmp_path, 2, one_layer_each)
+    assert_identical(second, first)
+    assert unused == same
+    assert "'right.bias', 'right.weight' did not" in unused
+
+
+def resumed(rank: int, saved: Any) -> Any:
+    state, model = copy.deepcopy(saved)  # what is handed to processes is in memory that they share
+    trainer = trainer_of("one by one", distributed=True)
+    trainer.model.load_state_dict(model)
+    trainer.load_state_dict(state)
+    trainer.step()
+    return run_state(trainer)
+
+
+def test_a_run_goes_on_on_other_processes(tmp_path: Path):
+    """A run of one process, resumed on two."""
+    trainer, _ = run("one by one")
+    saved = trainer.state_dict(), trainer.model.state_dict()
+    first, second = in_processes(tmp_path, 2, functools.partial(resumed, saved=saved))
+    assert_identical(second, first)
+    trainer.step()
+    for name, parameter in trainer.model.state_dict().items():
+        assert_close(first["parameters"][name], parameter, 1e-6)
+
+
+def progress(rank: int) -> str:
+    import io
+
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer_of("pairs", distributed=True).train(2)
+    return shown.getvalue()
+
+
+def test_the_first_process_shows_progress(tmp_path: Path):
+    first, second = in_processes(tmp_path, 2, progress)
+    assert "2/2" in first
+    assert second == ""
+
+
+def test_without_a_process_group_it_says_so():
+    with pytest.raises(RuntimeError, match=r"`distributed` needs torch\.distributed\.init_process_group"):
+        make_trainer(distributed=True)
+
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "torch.md"
+
+
+@pytest.mark.skipif(not DOCUMENTATION.exists(), reason="the documentation is not part of the wheel")
+def test_the_script_of_the_documentation(tmp_path: Path):
+    (script,) = re.findall(r"^```python\n(# torchrun .*?)^```", DOCUMENTATION.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "20/20" in done.stderr
