@@ -98,6 +98,7 @@ class Trainer(torch.optim.Optimizer):
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, it made {self.optimizer!r}")
         self._check_group_options(self.optimizer.param_groups)
+        self._check_optimizer(self.optimizer.param_groups)
         self.param_groups = self.optimizer.param_groups
         self.state = self.optimizer.state
         self.defaults = self.optimizer.defaults
@@ -118,6 +119,9 @@ class Trainer(torch.optim.Optimizer):
         self._ready = True
 
     # What a kind of evolution strategy defines.
+
+    def _check_optimizer(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Raises where the optimizer, with such groups, cannot be used."""
 
     def _member_weights(self) -> MemberWeights:
         """The weights of the members of the current generation."""
@@ -162,6 +166,7 @@ class Trainer(torch.optim.Optimizer):
         With `distributed` it is this process's share of it, and ``population.members`` says which members these are.
         """
         if self._population is None:
+            self._check_optimizer(self.param_groups)
             self._train(named_trainable(self.model, flatten_groups(self.param_groups)))
             self._population = Population(
                 self.model,
@@ -362,6 +367,7 @@ class Trainer(torch.optim.Optimizer):
         trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
         group = {**param_group, "params": added}
         self._check_group_options([{**self.optimizer.defaults, **group}])
+        self._check_optimizer([{**self.optimizer.defaults, **group}])
         self.optimizer.add_param_group(group)
         try:
             self._train(trainable)
@@ -408,6 +414,7 @@ class Trainer(torch.optim.Optimizer):
         best_state = state_dict["best_state"]
         if self.snapshots and best_state is None and state_dict["generation"] > 0:
             raise ValueError("`state_dict` holds no best member: it was saved with `snapshots` False, got True here")
+        self._check_optimizer(state_dict["optimizer"]["param_groups"])
         base_key = base_key_of(state_dict["key"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
@@ -425,8 +432,15 @@ class Trainer(torch.optim.Optimizer):
         self._parameters_changed()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A learning-rate scheduler wraps `step` of the object that it was given, not of its copies.
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        # A learning-rate scheduler wraps `step` of the object that it was given, not of its copies. A copy evaluates
+        # an open generation again. PyTorch does not read back the unsigned integers that it pickles.
+        state = {name: value for name, value in self.__dict__.items() if name != "step"}
+        return {**state, "_population": None, "_base_key": self._base_key.tolist()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._base_key = base_key_of(state["_base_key"])
+        self._parameters_changed()
 
     # Helpers.
 

@@ -36,6 +36,11 @@ class Chunking:
         self.requested = requested
         self._measured: int | None = None
 
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next forward pass of enough members is measured."""
+        return self.requested == "auto" and self._measured is None
+
     def forward(self, members: int, multiple: int, device: torch.device, run: Callable[[int], object]) -> int:
         """Members at a time in a forward pass.
 

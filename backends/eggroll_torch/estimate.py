@@ -1,11 +1,10 @@
-"""The parts of `memory_estimate` that depend on the model: noise, a measured forward pass, outputs."""
+"""The parts of `memory_estimate` that depend on the model: a measured forward pass and its outputs."""
 
 from typing import Any
 
 import torch
 
 from .memory import PeakMemory
-from .noise import KEPT
 from .population import Population
 from .trees import Parts
 
@@ -26,9 +25,7 @@ def estimate(population: Population, args: Any, kwargs: Any, per_member: bool) -
         for_a_member = (peak_more - peak_few) / max(more - few, 1)
         forward = int(peak_few + for_a_member * (chunk - few))
         outputs = of_more * members // more
-    noise_of_all, noise_of_chunk = (weights.numbers_in_a_draw * count // multiple for count in (members, chunk))
-    noise = 4 * min(noise_of_all, KEPT + noise_of_chunk)
-    return {"chunk_size": chunk, "noise": noise, "forward": forward, "outputs": outputs}
+    return {"chunk_size": chunk, "forward": forward, "outputs": outputs}
 
 
 def _measured(population: Population, count: int, args: Any, kwargs: Any, per_member: bool) -> tuple[int, int]:

@@ -128,7 +128,8 @@ class NoiseSource:
         )
         drawn = [parameter for parameter in self.parameters if self.drawn_by_kernels(parameter)]
         factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
-        self._draws_once = factors * config.draws <= 4 * KEPT
+        self._bytes_of_factors = factors * config.draws
+        self._draws_once = self._bytes_of_factors <= 4 * KEPT
         self._stored = [parameter for parameter in self.parameters if not self.drawn_by_kernels(parameter)]
         self._factors: dict[str, StoredFactors] = {}
         self._layout = _RowLayout(self._stored, self._first_key, self.device)
@@ -253,6 +254,19 @@ class NoiseSource:
             factors = draw_factors(keys, None, parameter.rank, in_features, out_features, *how)
             self._factors[parameter.name] = StoredFactors(*factors)
         return self._factors[parameter.name]
+
+    def draw_factors_of_all(self) -> None:
+        """Draws what kernels draw once for the whole population."""
+        for parameter in self.parameters if self._draws_once else ():
+            if parameter.kind == "low_rank" and self.drawn_by_kernels(parameter):
+                self._factors_of_all(parameter)
+
+    def memory(self, members: int) -> int:
+        """Bytes of noise and keys held at once at most where chunks of this many members are drawn."""
+        of_all = self.numbers_in_a_draw * self.config.draws
+        of_chunk = self.numbers_in_a_draw * members // self.members_per_draw
+        drawn_once = self._bytes_of_factors if self._draws_once else 0
+        return 4 * min(of_all, KEPT + of_chunk) + drawn_once
 
     @cached_property
     def _keys_of_all(self) -> Tensor:

@@ -38,7 +38,7 @@ class MemberWeights(Protocol):
     """Numbers drawn for a member, or for a pair."""
 
     def prepare(self, members: range) -> None:
-        """Draws what `materialise` needs for these members, all at once."""
+        """Draws what `materialise` needs for these members, all at once, and what all members share."""
 
     def batched(self, members: range) -> dict[str, Any]:
         """What differs between members of a chunk, with a leading axis over them; handed to `bind` one by one."""
@@ -221,6 +221,8 @@ class Population:
         def run(count: int) -> object:
             return self._run_chunk(call, self._members[:count])
 
+        if self._chunking.measures_next:  # what is drawn once for all members is no member's
+            weights.prepare(self._members[: weights.members_per_draw])
         return self._chunking.forward(len(self), weights.members_per_draw, weights.device, run)
 
     @torch.no_grad()
@@ -277,7 +279,7 @@ class Population:
 
         outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
-        if copied and not weights.policy.writes_to_inputs:
+        if copied and not weights.policy.writes_to_inputs and not torch.is_inference_mode_enabled():
             weights.policy.writes_to_inputs = any(tensor._version for tensor in inputs)
         return outputs
 

@@ -1,5 +1,6 @@
 """Where a sum goes that a kernel has computed: ``total = beta * total + alpha * summed``, as in `torch.addmm`."""
 
+import torch
 from torch import Tensor
 
 __all__ = ["add_", "scale_"]
@@ -9,10 +10,16 @@ def add_(total: Tensor, summed: Tensor, alpha: float, beta: float) -> None:
     """``total = beta * total + alpha * summed``, rounded once; with `beta` 0 what `total` holds does not matter.
 
     Args:
-        summed: float32, in the shape of `total`; overwritten.
+        summed: float32 or wider, in the shape of `total`; overwritten.
     """
-    summed.mul_(alpha)
-    total.copy_(summed if beta == 0 else summed.add_(total, alpha=beta))
+    if alpha != 1.0:
+        summed.mul_(alpha)
+    if beta == 0:
+        total.copy_(summed)
+    elif total.dtype == summed.dtype:
+        torch.add(summed, total, alpha=beta, out=total)
+    else:
+        total.copy_(summed.add_(total, alpha=beta))
 
 
 def scale_(total: Tensor, beta: float) -> None:

@@ -70,7 +70,8 @@ class EGGROLLTrainer(Trainer):
         fused: whether the step is taken where the direction is summed: parameters are added to in place, no direction
             is ever in memory and ``.grad`` is None. `optimizer` has to be `torch.optim.SGD` without momentum (weight
             decay and `maximize` are fine); its own ``step``, and with it hooks on it, is not called. Parameters agree
-            with those of a run without it to rounding.
+            with those of a run without it to rounding. An error within the step, such as of memory that has run out,
+            leaves it half taken.
         chunk_size: members that are evaluated at a time; all by default. ``"auto"`` measures the first members and
             takes as many as fit the device's free memory. Does not change the result.
         nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
@@ -199,9 +200,15 @@ class EGGROLLTrainer(Trainer):
         members = self._processes.share(self.population_size, self._members_per_draw)
         population = Population(self.model, weights, members, self._chunking)
         found = estimate(population, args, kwargs, per_member)
-        needed = update.memory(weights.source, len(self._chunks(weights.source)), in_place=self.fused)
-        of_parameters = sum(p.parameter.numel() * p.parameter.element_size() for p in weights.source.parameters)
-        return MemoryEstimate(**found, update=needed, copies=2 * of_parameters if self.snapshots else 0)
+        source = self._member_weights().source  # the other one may hold what was measured
+        chunks = self._chunks(source)
+        of_parameters = sum(p.parameter.numel() * p.parameter.element_size() for p in source.parameters)
+        return MemoryEstimate(
+            **found,
+            noise=source.memory(max(found["chunk_size"], *map(len, chunks))),
+            update=update.memory(source, len(chunks), in_place=self.fused),
+            copies=2 * of_parameters if self.snapshots else 0,
+        )
 
     @property
     def _group_options(self) -> tuple[str, ...]:
@@ -234,7 +241,14 @@ class EGGROLLTrainer(Trainer):
     def _descend_in_place(self, source: NoiseSource, *how: Any) -> None:
         """The step of plain SGD; see `update.descend_`."""
         with self._gradients_cleared():
-            update.descend_(source, *how)
+            try:
+                update.descend_(source, *how)
+            except Exception as error:
+                error.add_note(
+                    "The fused step was broken off: parameters may have taken a part of it. "
+                    "Load the state_dict of model and trainer to go on from a whole one."
+                )
+                raise
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, EggrollWeights)
@@ -256,21 +270,23 @@ class EGGROLLTrainer(Trainer):
     def _chunks(self, source: NoiseSource) -> list[range]:
         """The members in the chunks in which the update is summed."""
         everyone = range(self.population_size)
-        if source.holds(everyone):
-            return [everyone]
         # A kernel sums all of its draws at once, in one pass over the matrix, and needs no memory for their noise.
-        # Processes that have measured other chunks would sum in another order, and drift apart.
-        measured_apart = self._processes.count > 1 and self.chunk_size == "auto"
-        chunking = self._chunking if source.stores_noise and not measured_apart else Chunking(None)
+        if source.holds(everyone) or not source.stores_noise:
+            return [everyone]
+        # Parameters are rounded once for a chunk of a fused step: large ones. And processes that have measured
+        # chunks of their own would sum in other orders, and drift apart.
+        of_its_own = self.fused or (self._processes.count > 1 and self.chunk_size == "auto")
+        chunking = Chunking(None) if of_its_own else self._chunking
         size = chunking.noise(len(everyone), source.members_per_draw, source.numbers_in_a_draw)
         # The last chunk evaluated is the one whose noise is still there.
         return list(chunk_ranges(everyone, size, source.members_per_draw))[::-1]
 
-    def _check_group_options(self, groups: Iterable[dict[str, Any]]) -> None:
-        groups = list(groups)
-        super()._check_group_options(groups)
+    def _check_optimizer(self, groups: Iterable[dict[str, Any]]) -> None:
         if self.fused:
             check_plain_sgd(self.optimizer, groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_keys"}
 
     @property
     def _members_per_draw(self) -> int:

@@ -15,6 +15,11 @@ from .totals import add_
 
 __all__ = ["descend_", "direction", "memory"]
 
+# Terms that libraries add up before they add them to what is there (MKL: 192). Of more they add parts, and what is
+# there would be rounded for each: more are summed beside it, in blocks of rows that stay in the cache.
+_FEW_TERMS = 128
+_BLOCK_BYTES = 1 << 22
+
 
 @torch.no_grad()
 def direction(
@@ -44,8 +49,8 @@ def descend_(
 ) -> None:
     """``parameter = beta * parameter + alpha * direction``, without the direction in memory.
 
-    A sum that has to be rounded to the parameter's dtype from time to time, or whose parameter is not contiguous, is
-    taken in memory of its own after all.
+    A sum that would be rounded to a narrow parameter's dtype more than once, or whose parameter is not contiguous,
+    is taken in memory of its own after all. A float32 parameter is rounded once for each chunk.
 
     Args:
         source, weights, chunks: see `direction`.
@@ -142,12 +147,12 @@ def _add_sum_(
         _add_sum_of_kernels_(total, coefficients, source, parameter, chunk, alpha, beta)
         return
     noise = source.noise(parameter, chunk)
-    c = coefficients.to(total.dtype)
+    c = coefficients.to(total.dtype) * alpha
     if isinstance(noise, perturbation.LowRank):
-        _add_low_rank_sum_(total, c, noise, alpha, beta)
+        _add_low_rank_sum_(total, c, noise, beta)
     else:
-        flat = noise.reshape(len(noise), -1).to(total.dtype)
-        total.view(-1).addmv_(flat.mT, c, alpha=alpha, beta=beta)
+        # Apart: `addmv_` would round what the total holds once for every draw.
+        add_(total.view(-1), noise.reshape(len(noise), -1).to(total.dtype).mT @ c, 1.0, beta)
 
 
 def _add_sum_of_kernels_(
@@ -176,19 +181,26 @@ def _add_sum_of_kernels_(
         add_low_rank_sum_(total, coefficients, factors.A, factors.B, dtype, alpha, beta)
 
 
-def _add_low_rank_sum_(
-    total: Tensor, coefficients: Tensor, noise: perturbation.LowRank, alpha: float, beta: float
-) -> None:
-    """``total = beta * total + alpha * sum_d c_d * A_d @ B_d.T``: for each stacked layer one product."""
+def _add_low_rank_sum_(total: Tensor, coefficients: Tensor, noise: perturbation.LowRank, beta: float) -> None:
+    """``total = beta * total + sum_d c_d * A_d @ B_d.T``: for each stacked layer one product."""
     stack = total.ndim - 2
     A = noise.A.to(total.dtype) * coefficients.view(-1, *(1,) * (stack + 2))
     left, right = _columns(A, stack), _columns(noise.B.to(total.dtype), stack)
     if stack:
-        flat = total.view(-1, *total.shape[-2:])
-        left, right = left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])
-        flat.baddbmm_(left, right.mT, alpha=alpha, beta=beta)
+        total, left, right = (tensor.flatten(0, stack - 1) for tensor in (total, left, right))
+    multiply = torch.bmm if stack else torch.mm
+    if beta == 0:
+        multiply(left, right.mT, out=total)
+    elif left.shape[-1] <= _FEW_TERMS:
+        (total.baddbmm_ if stack else total.addmm_)(left, right.mT, beta=beta)
     else:
-        total.addmm_(left, right.mT, alpha=alpha, beta=beta)
+        step = max(1, _BLOCK_BYTES // max(1, total[:1].numel() * total.element_size()))
+        block = torch.empty_like(total[:step])
+        for start in range(0, len(total), step):
+            these = slice(start, start + step)
+            summed = block[: len(total[these])]
+            multiply(left[these], (right[these] if stack else right).mT, out=summed)
+            add_(total[these], summed, 1.0, beta)
 
 
 def _columns(factor: Tensor, stack: int) -> Tensor:

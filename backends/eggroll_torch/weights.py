@@ -33,6 +33,7 @@ class EggrollWeights:
 
     def prepare(self, members: range) -> None:
         self.source.chunk(members)
+        self.source.draw_factors_of_all()
 
     def batched(self, members: range) -> dict[str, Any]:
         chunk = self.source.chunk(members)

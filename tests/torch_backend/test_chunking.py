@@ -7,7 +7,7 @@ import torch
 from torch_backend.support import assert_close, assert_same_run, make_trainer, mlp, scores
 
 from eggroll.torch import EGGROLLTrainer
-from eggroll_torch import chunking, estimate, noise
+from eggroll_torch import chunking, noise
 from eggroll_torch.memory import PeakMemory
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -100,7 +100,7 @@ def test_memory_estimate_is_what_a_chunk_takes(chunk_size: Any, per_member: bool
 
 
 def test_memory_estimate_grows_with_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "KEPT", 1 << 8)
+    monkeypatch.setattr(noise, "KEPT", 1 << 8)
     trainers = [
         make_trainer(mlp(8, 16, 4), population_size=64, noise_reuse=2, chunk_size=size) for size in (1, 2, 4, 16, 64)
     ]

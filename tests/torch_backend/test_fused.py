@@ -73,13 +73,63 @@ def test_there_is_no_gradient():
 
 
 def test_a_gradient_that_was_there_is_cleared_like_by_the_optimizer():
-    model = mlp(3, 4, 2)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    fused = run(copy.deepcopy(model), fused=True)
-    for parameter, other in zip(fused.model.parameters(), run(model).model.parameters(), strict=True):
+    def with_gradients() -> nn.Module:
+        model = mlp(3, 4, 2)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return model
+
+    fused, plain = run(with_gradients(), fused=True), run(with_gradients())
+    for parameter, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
         assert_close(parameter.detach(), other.detach(), 1e-6)
         assert parameter.grad is None
+
+
+def test_a_step_that_is_broken_off_says_so_and_keeps_the_gradients(monkeypatch: pytest.MonkeyPatch):
+    from eggroll_torch import trainer as module
+
+    trainer = make_trainer(fused=True)
+    gradients = [torch.ones_like(parameter) for parameter in trainer.model.parameters()]
+    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+    def out_of_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(module.update, "_add_sum_", out_of_memory)
+    trainer.ask()
+    with pytest.raises(torch.OutOfMemoryError, match="no room") as caught:
+        trainer.tell(scores())
+    assert "parameters may have taken a part of it" in caught.value.__notes__[0]
+    assert all(p.grad is g for p, g in zip(trainer.model.parameters(), gradients, strict=True))
+    assert trainer.generation == 0
+
+
+@pytest.mark.parametrize("chunk_size", [None, 256])
+def test_small_steps_are_not_rounded_away(chunk_size: int | None):
+    """A parameter that took the terms of the sum one by one would lose them: each is far below its last place."""
+
+    def step(dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6)).to(dtype)
+        how = {"learning_rate": 0.01, "sigma": 1e-3, "chunk_size": chunk_size, "population_size": 4096}
+        trainer = make_trainer(model, fused=fused, **how)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        trainer.ask()
+        trainer.tell(scores(4096))
+        return [(p.detach() - b).double() for p, b in zip(model.parameters(), before, strict=True)]
+
+    exact = step(torch.float64, False)
+
+    def worst(fused: bool) -> float:
+        return max(
+            float((found - true).norm() / true.norm())
+            for found, true in zip(step(torch.float32, fused), exact, strict=True)
+        )
+
+    plain, fused = worst(False), worst(True)
+    assert plain < 0.01
+    assert fused == pytest.approx(plain, rel=0.5)  # added term by term it would be twenty times as much
 
 
 def test_groups_step_by_their_own_rates():
@@ -202,6 +252,34 @@ def test_a_group_with_momentum_is_refused():
     assert_identical(run_state(trainer), before)
     trainer.param_groups[0]["momentum"] = 0
     assert trainer.tell(scores())["generation"] == 1
+    trainer.param_groups[0]["momentum"] = 0.5
+    with pytest.raises(ValueError, match=r"momentum=0\.5"):
+        trainer.ask()  # before anything is scored
+
+
+def test_a_state_with_momentum_is_refused():
+    with_momentum = make_trainer(optimizer=functools.partial(torch.optim.SGD, momentum=0.9)).state_dict()
+    trainer = make_trainer(fused=True)
+    before = run_state(trainer)
+    with pytest.raises(ValueError, match=r"momentum=0\.9"):
+        trainer.load_state_dict(with_momentum)
+    assert_identical(run_state(trainer), before)
+    trainer.ask()
+
+
+def test_a_stack_of_empty_matrices():
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.z = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 0, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.a.mT + self.z.sum()
+
+    for fused in (False, True):
+        trainer = make_trainer(Empty(), fused=fused, noise={"z": "low_rank"}, unused="ignore")
+        trainer.ask()
+        assert trainer.tell(scores())["generation"] == 1
 
 
 def test_a_bad_shaping_changes_nothing():

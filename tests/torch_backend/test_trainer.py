@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import math
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -27,7 +28,7 @@ from torch_backend.support import (
 
 import eggroll
 import eggroll.torch
-from eggroll.torch import EGGROLLTrainer, ESTrainer, VanillaESTrainer
+from eggroll.torch import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer
 
 INPUTS = torch.linspace(-1, 1, 15).view(5, 3)
 TARGETS = INPUTS.sum(1, keepdim=True).sin().expand(5, 2)
@@ -510,6 +511,44 @@ def test_a_copy_of_a_trainer_goes_on_by_itself(kind: type):
     assert_identical(run_state(trainer), before)
     trainer.train(2, verbose=False)
     assert_identical(run_state(copied), run_state(trainer))
+
+
+@every_trainer
+def test_a_trainer_can_be_pickled_and_copied_while_a_generation_is_open(kind: type):
+    trainer = make(kind, fitness_fn=quadratic)
+    trainer.step()
+    trainer.ask()
+    copies = [copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))]
+    trainer.step()
+    for copied in copies:
+        copied.step()
+        assert_identical(run_state(copied), run_state(trainer))
+        assert copied.seed == trainer.seed
+
+
+@every_trainer
+@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("around", ["the score", "the step"])
+def test_inference_mode(kind: type, around: str, per_member: bool):
+    """Who knows that nothing needs a gradient may say so, as around any other evaluation."""
+
+    def fitness(population: Population) -> Tensor:
+        x = torch.linspace(-1, 1, 3)
+        x = x.expand(len(population), 3) if per_member else x
+        return population(x, per_member=per_member).sum(1)
+
+    expected = make(kind, population_fitness_fn=fitness)
+    expected.train(2, verbose=False)
+    scored = torch.inference_mode()(fitness) if around == "the score" else fitness
+    trainer = make(kind, population_fitness_fn=scored)
+    for _ in range(2):
+        with torch.inference_mode(around == "the step"):
+            trainer.step()
+    for parameter, other in zip(trainer.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    one_by_one = make(kind, fitness_fn=torch.inference_mode()(lambda model: float(model(torch.ones(3)).sum())))
+    one_by_one.train(2, verbose=False)
+    assert one_by_one.generation == 2
 
 
 # Interrupted and resumed.

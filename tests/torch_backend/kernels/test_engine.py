@@ -111,6 +111,21 @@ def test_much_noise_of_matrices_is_not_in_memory(device: torch.device, monkeypat
         assert drawn_into_memory(device, monkeypatch) == []
 
 
+def test_memory_with_kernels_is_that_of_a_member(device: torch.device):
+    """What is drawn once for all members counts once, and not as the first members' own."""
+    x = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+    few, many = (trainer_of(torch.float32, device, population_size=n, chunk_size="auto") for n in (16, 64))
+    estimates = [trainer.memory_estimate(x) for trainer in (few, many)]
+    numbers_of_a_draw = 2 * (7 + 6 + 9 + 6 + 9 + 5)  # rank 2
+    drawn_once = [4 * draws * numbers_of_a_draw for draws in (8, 32)]
+    for found, factors, trainer in zip(estimates, drawn_once, (few, many), strict=True):
+        source = trainer.ask().weights.source  # type: ignore[attr-defined]
+        assert found.noise == factors + 4 * source.numbers_in_a_draw * source.config.draws
+    for_a_member = [found.forward / found.chunk_size for found in estimates]
+
+    assert for_a_member[0] == pytest.approx(for_a_member[1], rel=0.2)
+
+
 def test_how_much_is_little(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     bytes_of_a_draw = 2 * 2 * (7 + 6 + 9 + 6 + 9 + 5)  # rank 2, bfloat16
     for room, drawn in ((4 * bytes_of_a_draw, 3), (4 * bytes_of_a_draw - 1, 0)):
