@@ -18,7 +18,7 @@ from .chunking import Chunking, ChunkSize
 from .fitness import Nonfinite, as_finite, as_fitness, member_fitness
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
 from .population import MemberWeights, Population, Randomness
-from .processes import Distributed, Processes
+from .processes import Processes, check_same
 from .swap import uninterrupted
 
 __all__ = ["Trainer"]
@@ -63,60 +63,60 @@ class Trainer(torch.optim.Optimizer):
         nonfinite: Nonfinite,
         randomness: Randomness,
         snapshots: bool,
-        distributed: Distributed,
+        processes: Processes,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-        _check_callable("fitness_fn", fitness_fn)
-        _check_callable("population_fitness_fn", population_fitness_fn)
-        if fitness_fn is not None and population_fitness_fn is not None:
-            raise ValueError("give `fitness_fn` or `population_fitness_fn`, not both")
-        learning_rate = as_positive_float("learning_rate", learning_rate)
-        self._population_size = as_int("population_size", population_size, 2)
-        self._chunking = Chunking(chunk_size)
-        self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
-        self.randomness = as_choice("randomness", randomness, ("different", "same"))
-        self.snapshots = as_bool("snapshots", snapshots)
-        _check_factory(optimizer)
-        self._processes = Processes(distributed)
-        self._processes.share(self._population_size, self._members_per_draw)
-        seed_of_first = self._processes.of_first(fresh_seed() if seed is None else seed)
-        self.seed = seed_of_first if seed is None else seed
-        self._base_key = base_key_of(self.seed)
-        self.model = model
-        self.fitness_fn = fitness_fn
-        self.population_fitness_fn = population_fitness_fn
-        self.generation = 0
-        self.best_fitness = -math.inf
-        self.fitness_history: list[float] = []
-        self._best_state: dict[str, Tensor] | None = None
-        self._population: Population | None = None
-        self._ready = False
-        super().__init__(_as_groups(params), {"lr": learning_rate})
-        self._trainable = named_trainable(model, flatten_groups(self.param_groups))
-        self.optimizer = optimizer(self.param_groups, lr=learning_rate)
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, it made {self.optimizer!r}")
-        self._check_group_options(self.optimizer.param_groups)
-        self._check_optimizer(self.optimizer.param_groups)
-        self.param_groups = self.optimizer.param_groups
-        self.state = self.optimizer.state
-        self.defaults = self.optimizer.defaults
-        if device is not None:
-            model.to(device)
-        self.device = next(iter(self._trainable.values())).device
-        self._processes.same(
-            seed=self._base_key.tolist(),
-            sigma=self.sigma,
-            learning_rate=learning_rate,
-            params={name: tuple(parameter.shape) for name, parameter in self._trainable.items()},
-            **self._hyperparameters(),
-        )
-        self._processes.copy_first_(model)
-        self._initial_options = [_options(group) for group in self.param_groups]
-        self._initial_parameters = self._copy_of_parameters() if self.snapshots else {}
-        self._initial_sigma = self.sigma
-        self._ready = True
+        self._processes = processes
+        # In parts: what goes wrong in one process goes wrong in all of them, and none waits for another.
+        with processes.together("the constructor"):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+            _check_callable("fitness_fn", fitness_fn)
+            _check_callable("population_fitness_fn", population_fitness_fn)
+            if fitness_fn is not None and population_fitness_fn is not None:
+                raise ValueError("give `fitness_fn` or `population_fitness_fn`, not both")
+            learning_rate = as_positive_float("learning_rate", learning_rate)
+            self._population_size = as_int("population_size", population_size, 2)
+            self._chunking = Chunking(chunk_size)
+            self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
+            self.randomness = as_choice("randomness", randomness, ("different", "same"))
+            self.snapshots = as_bool("snapshots", snapshots)
+            _check_factory(optimizer)
+            processes.share(self._population_size, self._members_per_draw)
+            self.seed = fresh_seed() if seed is None else seed
+            self._base_key = base_key_of(self.seed)
+            self.model = model
+            self.fitness_fn = fitness_fn
+            self.population_fitness_fn = population_fitness_fn
+            self.generation = 0
+            self.best_fitness = -math.inf
+            self.fitness_history: list[float] = []
+            self._best_state: dict[str, Tensor] | None = None
+            self._population: Population | None = None
+            self._ready = False
+            super().__init__(_as_groups(params), {"lr": learning_rate})
+            self._trainable = named_trainable(model, flatten_groups(self.param_groups))
+            self.optimizer = optimizer(self.param_groups, lr=learning_rate)
+            if not isinstance(self.optimizer, torch.optim.Optimizer):
+                raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, it made {self.optimizer!r}")
+            self._check_group_options(self.optimizer.param_groups)
+            self._check_optimizer(self.optimizer.param_groups)
+            self.param_groups = self.optimizer.param_groups
+            self.state = self.optimizer.state
+            self.defaults = self.optimizer.defaults
+            if device is not None:
+                model.to(device)
+            self.device = next(iter(self._trainable.values())).device
+        processes.same(seed=None if seed is None else self._base_key.tolist(), **self._hyperparameters())
+        seed_of_first, *_ = processes.of_all("the constructor", lambda: self.seed)
+        if seed is None:
+            self.seed, self._base_key = seed_of_first, base_key_of(seed_of_first)
+        processes.copy_first_(model)
+        with processes.together("the constructor"):
+            self._initial_options = [_options(group) for group in self.param_groups]
+            self._initial_parameters = self._copy_of_parameters() if self.snapshots else {}
+            self._initial_sigma = self.sigma
+            self._parameters_changed()
+            self._ready = True
 
     # What a kind of evolution strategy defines.
 
@@ -148,6 +148,20 @@ class Trainer(torch.optim.Optimizer):
     def _members_per_draw(self) -> int:
         """A process evaluates whole multiples of this."""
         return 1
+
+    def _settings(self) -> dict[str, Any]:
+        """What has to be equal in all processes, now, for them to take the same step."""
+        return {
+            "generation": self.generation,
+            "sigma": self.sigma,
+            "nonfinite": self.nonfinite,
+            "snapshots": self.snapshots,
+            "trained parameters": list(self._trainable),
+            "param_groups": [
+                {name: repr(value) for name, value in group.items() if name not in {"params", "param_names"}}
+                for group in self.param_groups
+            ],
+        }
 
     def _observed(self) -> Any:
         """What the other processes have to know of what was seen in this one's forward passes."""
@@ -194,13 +208,15 @@ class Trainer(torch.optim.Optimizer):
                 parameters, optimizer and generation are as before. With `distributed` a RuntimeError where another
                 process raises.
         """
-        scores = as_finite(self._fitness_of_all(fitness), self.nonfinite)  # type: ignore[arg-type]
+        gathered = self._fitness_of_all(fitness)
         population = self._population
         assert population is not None
-        update = self._update(population.weights, scores)
-        best = int(scores.argmax())
-        better = float(scores[best]) > self.best_fitness
-        best_state = population.weights.materialise(best) if better and self.snapshots else self._best_state
+        with self._processes.together("tell()"):
+            scores = as_finite(gathered, self.nonfinite)  # type: ignore[arg-type]
+            update = self._update(population.weights, scores)
+            best = int(scores.argmax())
+            better = float(scores[best]) > self.best_fitness
+            best_state = population.weights.materialise(best) if better and self.snapshots else self._best_state
         with uninterrupted():
             update()
             # Schedulers ask whether an optimizer has stepped, which tell() does without step().
@@ -232,7 +248,9 @@ class Trainer(torch.optim.Optimizer):
             )
         already_open = self._population is not None
         try:
-            return self.tell(self._processes.together(self._score))
+            with self._processes.together("step()"):
+                fitness = self._score()
+            return self.tell(fitness)
         except BaseException:
             if not already_open:
                 self._abandon()
@@ -248,18 +266,18 @@ class Trainer(torch.optim.Optimizer):
     def _fitness_of_all(self, fitness: Any) -> Tensor:
         """The fitness of all members, float64 on the CPU, from that of this process's."""
 
-        def of_this_process() -> tuple[int, Tensor, Any]:
+        def of_this_process() -> tuple[dict[str, Any], Tensor, Any]:
             if self._population is None:
                 raise RuntimeError("tell() finishes the generation of an ask(), and none is open")
             scores = as_fitness(fitness, len(self._population))
             for group in self.param_groups:
                 _check_lr(group["lr"])
-            return self.generation, scores, self._observed()
+            return self._settings() if self._processes.count > 1 else {}, scores, self._observed()
 
-        generations, scores, observed = zip(*self._processes.of_all(of_this_process), strict=True)
-        if len(set(generations)) > 1:
-            raise RuntimeError(f"the processes must be in one generation, they are in {generations}")
-        self._learn(list(observed))
+        told = self._processes.of_all("tell()", of_this_process)
+        settings, scores, observed = (list(parts) for parts in zip(*told, strict=True))
+        check_same(settings)
+        self._learn(observed)
         return torch.cat(scores)
 
     def train(self, num_generations: int, verbose: bool = True) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from .drawing import Draws, Rows
 from .fitness import Nonfinite
 from .perturbed import Policy
 from .population import MemberWeights, Randomness
-from .processes import Distributed
+from .processes import Distributed, Processes
 from .swap import seeded
 
 __all__ = ["ESTrainer", "VanillaESTrainer"]
 
-# What is folded into the key of a generation to seed the sampling: the index of no member.
-_PERTURBATIONS = -1
+# What is folded into the key of a generation to seed the sampling and the update: the indices of no members.
+_PERTURBATIONS, _UPDATE = -1, -2
 
 
 class ESTrainer(Trainer):
@@ -31,8 +31,8 @@ class ESTrainer(Trainer):
     ``current_params + sigma * perturbations[i]``, and the update, times the learning rate, is *added* to the
     parameters (the optimizer gets its negative as the gradient).
 
-    PyTorch's global generators are seeded from `seed` and the generation around `sample_perturbations`, and put back,
-    so `torch.randn` in it is reproducible.
+    PyTorch's global generators are seeded from `seed` and the generation around `sample_perturbations` and
+    `compute_update`, and put back, so `torch.randn` in them is reproducible.
 
     Args: see `EGGROLLTrainer`, whose arguments of the same name mean the same.
 
@@ -70,7 +70,9 @@ class ESTrainer(Trainer):
         snapshots: bool = True,
         distributed: Distributed = False,
     ):
-        self._sigma = as_positive_float("sigma", sigma)
+        processes = Processes(distributed)
+        with processes.together("the constructor"):
+            self._sigma = as_positive_float("sigma", sigma)
         super().__init__(
             params,
             model,
@@ -85,7 +87,7 @@ class ESTrainer(Trainer):
             nonfinite,
             randomness,
             snapshots,
-            distributed,
+            processes,
         )
 
     def sample_perturbations(self, population_size: int) -> Tensor:
@@ -129,7 +131,7 @@ class ESTrainer(Trainer):
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
-        with torch.no_grad():
+        with torch.no_grad(), seeded(weights.randomness_key, _UPDATE, self.device):
             update = self.compute_update(weights.perturbations, fitness.to(self.device, torch.float32))
         expected = weights.perturbations.shape[1:]
         if not isinstance(update, Tensor) or update.shape != expected:

@@ -167,7 +167,9 @@ class NoiseSource:
             return self._kept[members]
         if self._last is not None and self._last.members == members:
             return self._last
-        self._last = None  # drop the old chunk before the new one is drawn
+        # Drop the old chunk, and what is a part of the new one, before that is drawn.
+        self._last = None
+        self._kept = {of: old for of, old in self._kept.items() if of.start < members.start or of.stop > members.stop}
         # On the host: a GPU would be handed five launches for it, and asked for signs later.
         index = np.arange(members.start, members.stop, dtype=np.int32)
         draws, signs = perturbation.draws_and_signs(index, self.config)

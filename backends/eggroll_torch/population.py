@@ -70,9 +70,10 @@ class Population:
         torch.Size([8, 5, 2])
         >>> population(torch.zeros(8, 5, 3), per_member=True).shape
         torch.Size([8, 5, 2])
-        >>> scores = torch.empty(len(population))
+        >>> scores, done = torch.empty(len(population)), 0
         >>> for part in population.chunks(4):
-        ...     scores[part.members.start : part.members.stop] = -part(torch.ones(3)).square().sum(dim=1)
+        ...     scores[done : done + len(part)] = -part(torch.ones(3)).square().sum(dim=1)
+        ...     done += len(part)
     """
 
     def __init__(

@@ -3,13 +3,16 @@
 Noise follows from keys, so every process can sum the direction of all members by itself and take the same step.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
-__all__ = ["Distributed", "Processes"]
+from .swap import uninterrupted
+
+__all__ = ["Distributed", "Processes", "check_same"]
 
 T = TypeVar("T")
 Distributed = bool | Any
@@ -44,6 +47,11 @@ class Processes:
     def __deepcopy__(self, memo: Any) -> "Processes":
         return self  # copies of a trainer are of the same process
 
+    def __reduce__(self) -> Any:
+        if self._group is not None and self._group is not distributed.group.WORLD:
+            raise TypeError("a trainer on a process group other than the default one cannot be pickled")
+        return Processes, (self._group is not None,)
+
     def share(self, members: int, multiple: int) -> range:
         """The members that this process evaluates: about as many as the others, in whole multiples of `multiple`."""
         units = members // multiple
@@ -52,57 +60,89 @@ class Processes:
             raise ValueError(f"`population_size` must be at least {least} for {self.count} processes, got {members}")
         return range(units * self.rank // self.count * multiple, units * (self.rank + 1) // self.count * multiple)
 
-    def of_all(self, attempt: Callable[[], T]) -> list[T]:
+    def of_all(self, what: str, attempt: Callable[[], T]) -> list[T]:
         """What `attempt` returns in every process, in their order; if it raises in one, all raise.
 
+        Args:
+            what: the call that this is a part of, the same in all processes.
+
         Raises:
-            RuntimeError: it raised in another process.
+            RuntimeError: it raised in another process, or another makes another call.
         """
         if self.count == 1:
             return [attempt()]
-        mine, error = None, None
         try:
             mine = attempt()
-        except Exception as problem:
-            error = problem
-        told: list[Any] = [None] * self.count
-        problem_in_words = None if error is None else f"{type(error).__name__}: {error}"
-        distributed.all_gather_object(told, (mine, problem_in_words), self._group)
-        if error is not None:
-            raise error
-        for rank, (_, problem_there) in enumerate(told):
-            if problem_there is not None:
-                raise RuntimeError(f"process {rank} of {self.count} failed with {problem_there}")
-        return [theirs for theirs, _ in told]
+        except BaseException as error:  # Ctrl-C too: the others would wait
+            self._exchanged(what, None, error)
+            raise
+        return self._exchanged(what, mine, None)
 
-    def together(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns here; if it raises in one process, all raise, as of `of_all`."""
-        found: list[T] = []
-        self.of_all(lambda: found.append(attempt()))
-        return found[0]
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A context whose body every process runs; if it raises in one, all raise, as of `of_all`."""
+        if self.count == 1:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            self._exchanged(what, None, error)
+            raise
+        self._exchanged(what, None, None)
+
+    def _exchanged(self, what: str, mine: T, error: BaseException | None) -> list[T]:
+        told: list[Any] = [None] * self.count
+        with uninterrupted():
+            distributed.all_gather_object(told, (what, mine, error and _in_words(error)), self._group)
+        if error is None:
+            for rank, (_, _, problem) in enumerate(told):
+                if problem is not None:
+                    raise RuntimeError(f"process {rank} of {self.count} failed with {problem}")
+            calls = [call for call, _, _ in told]
+            if len(set(calls)) > 1:
+                raise RuntimeError(f"the processes must make the same calls, they make {', '.join(calls)}")
+        return [theirs for _, theirs, _ in told]
 
     def same(self, **values: Any) -> None:
         """Raises where a value is not the same in every process.
 
         Raises:
-            ValueError: names the argument and its values.
+            ValueError: names the value, and says what it is in each.
         """
-        everyone = self.of_all(lambda: values)
-        for name in values:
-            found = [theirs[name] for theirs in everyone]
-            if any(other != found[0] for other in found):
-                raise ValueError(f"`{name}` must be the same in every process, got {', '.join(map(repr, found))}")
-
-    def of_first(self, value: T) -> T:
-        """The value of the first process."""
-        return self.of_all(lambda: value)[0]
+        check_same(self.of_all("the constructor", lambda: values))
 
     @torch.no_grad()
     def copy_first_(self, model: nn.Module) -> None:
-        """Gives a model the parameters and buffers of the first process, as `DistributedDataParallel` does."""
+        """Gives a model the parameters and buffers of the first process, as `DistributedDataParallel` does.
+
+        Raises:
+            ValueError: the processes' models have others.
+        """
         if self.count > 1:
+            named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+            self.same(model=[(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named])
             source = distributed.get_global_rank(self._group, 0)
-            for tensor in (*model.parameters(), *model.buffers()):
+            for _, tensor in named:
                 whole = tensor.detach().contiguous()
                 distributed.broadcast(whole, source, self._group)
                 tensor.detach().copy_(whole)
+
+
+def check_same(everyone: list[dict[str, Any]]) -> None:
+    """Raises where a value is not the same in all dictionaries, which are those of the processes.
+
+    Raises:
+        ValueError: names the value, and says what it is in each.
+    """
+    for name in everyone[0]:
+        found = [theirs.get(name) for theirs in everyone]
+        if any(other != found[0] for other in found):
+            raise ValueError(f"`{name}` must be the same in every process, got {', '.join(map(repr, found))}")
+
+
+def _in_words(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    except Exception:  # of its own `__str__`
+        return type(error).__name__

@@ -23,7 +23,7 @@ from .noise import NoiseSource
 from .parameters import ParameterNoise, describe_parameters, model_keys
 from .perturbed import Policy
 from .population import MemberWeights, Population, Randomness
-from .processes import Distributed
+from .processes import Distributed, Processes
 from .sgd import check_plain_sgd, plain_sgd_steps
 from .weights import EggrollWeights
 
@@ -55,7 +55,7 @@ class EGGROLLTrainer(Trainer):
         seed: an int or a key of two words; by default drawn from PyTorch's global generator. The same seed gives the
             same run on every machine and with every `chunk_size`.
         population_fitness_fn: scores all members in one call: called with a `Population`, returns a floating-point
-            tensor of shape ``(population_size,)``.
+            tensor of shape ``(len(population),)``.
         antithetic: whether members ``2 i`` and ``2 i + 1`` share a draw with opposite signs; by default as
             `noise_reuse` says.
         noise_lifetime: generations that a draw lives; None for ever.
@@ -81,8 +81,9 @@ class EGGROLLTrainer(Trainer):
         snapshots: whether to keep the initial parameters, for `reset`, and those of the best member, for
             `get_best_model`: twice the memory of the parameters. Without them these methods raise.
         distributed: whether the processes of `torch.distributed`'s default group, or of the group given here, each
-            evaluate a share of the members. Parameters and buffers start as the first process's; then nothing but
-            fitness travels, and every process takes the same step by itself.
+            evaluate a share of the members, on the same data: fitness is compared across processes. Parameters and
+            buffers start as the first process's; then nothing but fitness travels, and every process takes the same
+            step by itself.
         noise: how single parameters are perturbed, by name pattern (as in `fnmatch`; the first that fits counts):
             ``"low_rank"``, ``"dense"``, ``"frozen"``, or a mapping with any of ``noise`` (one of these), ``rank`` and
             ``sigma``: ``{"head.*": "dense", "*.weight": {"rank": 4, "sigma": 0.02}}``. Parameter groups take the same
@@ -140,23 +141,25 @@ class EGGROLLTrainer(Trainer):
         unused: Literal["raise", "ignore"] = "raise",
         strict: bool = False,
     ):
-        self.config = EggrollConfig(
-            population_size=population_size,
-            sigma=sigma,
-            rank=rank,
-            antithetic=_antithetic(noise_reuse, antithetic),
-            noise_lifetime=noise_lifetime,
-            fitness_shaping=fitness_shaping,
-            group_size=group_size,
-            freeze_nonlora=freeze_nonlora,
-            gradient_scale=gradient_scale,  # type: ignore[arg-type]
-            noise_dtype=noise_dtype,  # type: ignore[arg-type]
-            rng=rng,  # type: ignore[arg-type]
-        )
-        self._policy = Policy(strict=as_bool("strict", strict))
-        self.unused = as_choice("unused", unused, ("raise", "ignore"))
-        self._patterns = None if noise is None else dict(noise)
-        self.fused = as_bool("fused", fused)
+        processes = Processes(distributed)
+        with processes.together("the constructor"):
+            self.config = EggrollConfig(
+                population_size=population_size,
+                sigma=sigma,
+                rank=rank,
+                antithetic=_antithetic(noise_reuse, antithetic),
+                noise_lifetime=noise_lifetime,
+                fitness_shaping=fitness_shaping,
+                group_size=group_size,
+                freeze_nonlora=freeze_nonlora,
+                gradient_scale=gradient_scale,  # type: ignore[arg-type]
+                noise_dtype=noise_dtype,  # type: ignore[arg-type]
+                rng=rng,  # type: ignore[arg-type]
+            )
+            self._policy = Policy(strict=as_bool("strict", strict))
+            self.unused = as_choice("unused", unused, ("raise", "ignore"))
+            self._patterns = None if noise is None else dict(noise)
+            self.fused = as_bool("fused", fused)
         super().__init__(
             params,
             model,
@@ -171,9 +174,8 @@ class EGGROLLTrainer(Trainer):
             nonfinite,
             randomness,
             snapshots,
-            distributed,
+            processes,
         )
-        self._parameters_changed()
 
     @property
     def sigma(self) -> float:
@@ -273,10 +275,10 @@ class EGGROLLTrainer(Trainer):
         # A kernel sums all of its draws at once, in one pass over the matrix, and needs no memory for their noise.
         if source.holds(everyone) or not source.stores_noise:
             return [everyone]
-        # Parameters are rounded once for a chunk of a fused step: large ones. And processes that have measured
-        # chunks of their own would sum in other orders, and drift apart.
-        of_its_own = self.fused or (self._processes.count > 1 and self.chunk_size == "auto")
-        chunking = Chunking(None) if of_its_own else self._chunking
+        # Parameters are rounded once for a chunk of a fused step: large ones. And processes with chunks of their own
+        # would sum in other orders, and drift apart.
+        of_any_size = self.fused or self._processes.count > 1
+        chunking = Chunking(None) if of_any_size else self._chunking
         size = chunking.noise(len(everyone), source.members_per_draw, source.numbers_in_a_draw)
         # The last chunk evaluated is the one whose noise is still there.
         return list(chunk_ranges(everyone, size, source.members_per_draw))[::-1]
@@ -291,6 +293,17 @@ class EGGROLLTrainer(Trainer):
     @property
     def _members_per_draw(self) -> int:
         return 2 if self.config.antithetic else 1
+
+    def _settings(self) -> dict[str, Any]:
+        assert self._population is not None
+        weights = self._population.weights
+        assert isinstance(weights, EggrollWeights)
+        return {
+            **super()._settings(),
+            "unused": self.unused,
+            "fused": self.fused,
+            "noise": [(p.name, p.kind, p.rank, p.sigma, str(p.parameter.dtype)) for p in weights.source.parameters],
+        }
 
     def _observed(self) -> tuple[set[str], int]:
         return self._policy.used, self._policy.forward_passes

@@ -5,11 +5,15 @@ Every test begins processes that talk over gloo on this machine; what they are t
 
 import contextlib
 import copy
+import datetime
 import functools
 import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +42,9 @@ def in_processes(tmp_path: Path, count: int, body: Callable[[int], Any]) -> list
 
 def _process(rank: int, count: int, folder: str, body: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    # What waits for another process for ever fails after a minute.
+    how: dict[str, Any] = {"init_method": f"file://{folder}/meeting", "timeout": datetime.timedelta(seconds=60)}
+    distributed.init_process_group("gloo", rank=rank, world_size=count, **how)
     try:
         torch.save(body(rank), f"{folder}/{rank}.pt")
         distributed.barrier()
@@ -57,12 +63,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "auto": {"population_fitness_fn": fitness_of, "chunk_size": "auto", "group_size": 5},
     "fused": {"population_fitness_fn": fitness_of, "fused": True, "noise_reuse": 2},
     "dropout": {"population_fitness_fn": fitness_of, "noise_reuse": 2},
+    "draws": {"fitness_fn": lambda model: quadratic(model) + float(torch.rand(())), "noise_reuse": 2},
     "full rank": {"population_fitness_fn": fitness_of},
 }
 
 
 def trainer_of(kind: str, **options: Any) -> Any:
     model = mlp(3, 4, 2)
+    model[2].weight = nn.Parameter(model[2].weight.detach().mT.contiguous().mT)
     if kind == "dropout":
         model.insert(1, nn.Dropout(0.5))
     how: dict[str, Any] = {"population_size": MEMBERS, "learning_rate": 0.1, "seed": 3} | KINDS[kind] | options
@@ -86,7 +94,10 @@ def all_kinds(rank: int) -> dict[str, Any]:
             "state": run_state(trainer),
             "best": dict(trainer.get_best_model().state_dict()),
             "saved": trainer.state_dict(),
+            "estimate": (len(trainer.ask()), getattr(trainer, "memory_estimate", lambda: None)()),
         }
+        copied = copy.deepcopy(trainer) if kind in {"draws", "dropout"} else pickle.loads(pickle.dumps(trainer))
+        found[kind]["copy"] = (copied.step(), trainer.step())
     return found
 
 
@@ -102,6 +113,8 @@ def test_a_run_on_several_processes_is_the_run_on_one(count: int, tmp_path: Path
         for theirs in found[1:]:
             for what in ("metrics", "state", "best", "saved"):
                 assert_identical(theirs[what], found[0][what], f"{kind}: {what}")
+        assert found[0]["copy"][0] == found[0]["copy"][1]
+        assert all(estimate is None or estimate.chunk_size <= own for own, estimate in (f["estimate"] for f in found))
         alone, metrics = run(kind)
         assert_close(torch.tensor(found[0]["state"]["fitness_history"]), torch.tensor(alone.fitness_history), 1e-6)
         assert [set(row) for row in found[0]["metrics"]] == [set(row) for row in metrics]
@@ -149,12 +162,48 @@ def test_a_group_of_some_processes(tmp_path: Path):
         assert_close(one["parameters"][name], parameter, 1e-6)
 
 
+def chunks_of_their_own(rank: int) -> Any:
+    """As GPUs of different memory would have them."""
+    torch.manual_seed(0)
+    found = []
+    for chunk_size in ("auto", (4, 64)[rank]):
+        model = mlp(16, 32, 8)
+        trainer = make_trainer(model, population_size=512, chunk_size=chunk_size, learning_rate=1.0, distributed=True)
+        trainer._chunking._measured = (4, 64)[rank]
+        x = torch.randn(5, 16)
+        for _ in range(2):
+            trainer.tell(-trainer.ask()(x).square().mean((1, 2)))
+        found.append(run_state(trainer))
+    return found
+
+
+def test_chunks_may_differ(tmp_path: Path):
+    first, second = in_processes(tmp_path, 2, chunks_of_their_own)
+    assert_identical(second, first)
+
+
 def raised(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
-    except Exception as error:
+    except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+class WordlessError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+def other_model(rank: int, what: str) -> nn.Module:
+    model = nn.Sequential(mlp(3, 4), nn.Linear(4, 2))
+    if rank and what == "dtype":
+        model.double()
+    if rank and what == "frozen":
+        model.append(nn.Linear(2, 2).requires_grad_(False))
+    if rank and what == "buffer":
+        model.register_buffer("more", torch.zeros(1))
+    return model
 
 
 def failing(rank: int) -> dict[str, Any]:
@@ -186,10 +235,57 @@ def failing(rank: int) -> dict[str, Any]:
     trainer.population_fitness_fn = fitness_of
     trainer.step()
     found["afterwards"] = run_state(trainer)
-    trainer.generation += rank
-    found["generation"] = raised(trainer.step)
+
+    def fails(error: BaseException) -> Callable[[Population], Tensor]:
+        def score(population: Population) -> Tensor:
+            if rank == 1:
+                raise error
+            return fitness_of(population)
+
+        return score
+
+    for name, error in {"Ctrl-C": KeyboardInterrupt(), "exit": SystemExit(3)}.items():
+        trainer.population_fitness_fn = fails(error)
+        found[name] = raised(trainer.step)
+    trainer.population_fitness_fn = fails(WordlessError())
+    try:
+        trainer.step()
+    except Exception as problem:
+        found["no words"] = type(problem).__name__ if rank else str(problem)
+    trainer.population_fitness_fn = fitness_of
+
+    def shaping(fitness: Tensor) -> Tensor:
+        if rank == 1:
+            raise MemoryError("no room")
+        return fitness
+
+    with_shaping = trainer_of("pairs", distributed=True, fitness_shaping=shaping)
+    found["shaping"] = raised(with_shaping.step)
+    found["generation after"] = with_shaping.generation
+
+    def differing(change: Callable[[Any], None]) -> str:
+        changed = trainer_of("pairs", distributed=True)
+        if rank == 1:
+            change(changed)
+        return raised(changed.step)
+
+    found["generation"] = differing(lambda changed: setattr(changed, "generation", 1))
+    found["sigma"] = differing(lambda changed: setattr(changed, "sigma", 0.5))
+    found["lr"] = differing(lambda changed: setattr(changed, "learning_rate", 0.5))
+    found["bad lr"] = differing(lambda changed: changed.param_groups[0].update(lr=-1.0))
+    found["frozen"] = differing(lambda changed: changed.model[0].weight.requires_grad_(False))
+    found["nonfinite"] = differing(lambda changed: setattr(changed, "nonfinite", "worst"))
+    found["unused"] = differing(lambda changed: setattr(changed, "unused", "ignore"))
+    found["fused"] = differing(lambda changed: setattr(changed, "fused", True))
+    changed = trainer_of("pairs", distributed=True)
+    scores = [0.0] * len(changed.ask())
+    found["calls"] = raised(lambda: changed.step() if rank == 0 else changed.tell(scores))
     found["seed"] = raised(lambda: trainer_of("pairs", distributed=True, seed=rank))
-    found["sigma"] = raised(lambda: trainer_of("pairs", distributed=True, sigma=0.1 + rank))
+    found["some seed"] = raised(lambda: trainer_of("pairs", distributed=True, seed=3 if rank else None))
+    found["device"] = raised(lambda: trainer_of("pairs", distributed=True, device="cuda:77" if rank else None))
+    found["bad sigma"] = raised(lambda: trainer_of("pairs", distributed=True, sigma=-1.0 if rank else 0.1))
+    for what in ("dtype", "frozen", "buffer"):
+        found[f"model: {what}"] = raised(lambda what=what: make_trainer(other_model(rank, what), distributed=True))
     found["rank"] = raised(lambda: trainer_of("pairs", distributed=True, rank=1 + rank))
     found["too few"] = raised(lambda: trainer_of("pairs", distributed=True, population_size=2))
     found["kind"] = raised(lambda: trainer_of("pairs", distributed="yes"))
@@ -210,12 +306,68 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path: Path):
     alone, _ = run("pairs", generations=1)
     assert_close(first["afterwards"]["parameters"]["0.weight"], alone.model.state_dict()["0.weight"], 1e-6)
     for found in (first, second):
-        assert "the processes must be in one generation, they are in (1, 2)" in found["generation"]
+        assert found["generation"] == "ValueError: `generation` must be the same in every process, got 0, 1"
         assert found["seed"] == "ValueError: `seed` must be the same in every process, got [0, 0], [0, 1]"
-        assert found["sigma"] == "ValueError: `sigma` must be the same in every process, got 0.1, 1.1"
+        assert found["some seed"] == "ValueError: `seed` must be the same in every process, got None, [0, 3]"
+        assert found["sigma"] == "ValueError: `sigma` must be the same in every process, got 0.1, 0.5"
+        assert found["lr"].startswith("ValueError: `param_groups` must be the same in every process")
+        assert found["frozen"].startswith("ValueError: `trained parameters` must be the same in every process")
+        assert found["nonfinite"] == "ValueError: `nonfinite` must be the same in every process, got 'raise', 'worst'"
+        assert found["unused"] == "ValueError: `unused` must be the same in every process, got 'raise', 'ignore'"
+        assert found["fused"] == "ValueError: `fused` must be the same in every process, got False, True"
+        assert found["calls"] == "RuntimeError: the processes must make the same calls, they make step(), tell()"
+        for what in ("dtype", "frozen", "buffer"):
+            assert found[f"model: {what}"].startswith("ValueError: `model` must be the same in every process"), what
+        assert found["generation after"] == 0
         assert found["rank"] == "ValueError: `rank` must be the same in every process, got 1, 2"
         assert found["too few"] == "ValueError: `population_size` must be at least 4 for 2 processes, got 2"
         assert found["kind"].startswith("TypeError: `distributed` must be a bool or a torch.distributed.ProcessGroup")
+    for what in ("Ctrl-C", "exit", "shaping", "bad lr", "device", "bad sigma"):
+        assert second[what] != "nothing"
+        assert first[what] == f"RuntimeError: process 1 of 2 failed with {second[what].removesuffix(': ')}", what
+    assert (first["no words"], second["no words"]) == ("process 1 of 2 failed with WordlessError", "WordlessError")
+
+
+def interrupted(rank: int) -> Any:
+    """Ctrl-C in a terminal reaches all processes, one of them while it waits for the other."""
+    trainer = trainer_of("pairs", distributed=True)
+    before = run_state(trainer)
+
+    def score(population: Population) -> Tensor:
+        if rank == 1:
+            time.sleep(1)
+            os.kill(int(Path(f"{folder}/0.pid").read_text()), signal.SIGINT)
+            time.sleep(1)
+            raise KeyboardInterrupt
+        return fitness_of(population)
+
+    folder = os.environ["EGGROLL_TEST_FOLDER"]
+    Path(f"{folder}/{rank}.pid").write_text(str(os.getpid()))
+    distributed.barrier()
+    trainer.population_fitness_fn = score
+    found = raised(trainer.step)
+    assert_identical(run_state(trainer), before)
+    distributed.barrier()  # as to save what there is
+    trainer.population_fitness_fn = fitness_of
+    trainer.step()
+    return found, run_state(trainer)
+
+
+def test_ctrl_c_in_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EGGROLL_TEST_FOLDER", str(tmp_path))
+    (first, state), (second, same) = in_processes(tmp_path, 2, interrupted)
+    assert first == second == "KeyboardInterrupt: "
+    assert_identical(state, same)
+
+
+def pickled_on_a_group(rank: int) -> str:
+    trainer = trainer_of("pairs", distributed=distributed.new_group([0, 1]))
+    return raised(lambda: pickle.dumps(trainer))
+
+
+def test_a_group_of_its_own_cannot_be_pickled(tmp_path: Path):
+    for found in in_processes(tmp_path, 2, pickled_on_a_group):
+        assert "process group other than the default one cannot be pickled" in found
 
 
 class Either(nn.Module):
@@ -237,9 +389,11 @@ def one_layer_each(rank: int) -> Any:
     trainer.tell(-trainer.ask()(X, left=rank == 0).square().mean((1, 2)))
     assert not any(torch.equal(*pair) for pair in zip(start, model.parameters(), strict=True))
     trainer = make_trainer(Either(), distributed=True)
-    outputs = trainer.ask()(X, left=True)
-    found = raised(lambda: trainer.tell(-outputs.square().mean((1, 2))))
-    return dict(model.state_dict()), found
+    population = trainer.ask()
+    scores = torch.linspace(-1, 1, len(population))
+    if rank == 0:  # the other one has seen no forward pass at all
+        population(X, left=True)
+    return dict(model.state_dict()), raised(lambda: trainer.tell(scores))
 
 
 def test_a_parameter_that_another_process_used_was_used(tmp_path: Path):
