@@ -210,6 +210,7 @@ def measure_wide(device: torch.device, repeats: int) -> dict:
 
     Memory is the most that is alive at once beyond the weights themselves, in multiples of these.
     """
+    torch.manual_seed(0)
     x = torch.randn(WIDE_ROWS, WIDTH, device=device)
     trainers, memory = {}, {}
     for name, sparing in (("default", {}), ("fused, no snapshots", {"fused": True, "snapshots": False})):

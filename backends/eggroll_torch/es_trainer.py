@@ -184,6 +184,9 @@ class _FlatWeights:
     def prepare(self, members: range) -> None:
         """All perturbations are held anyway."""
 
+    def prepare_shared(self) -> None:
+        """See `prepare`."""
+
     def batched(self, members: range) -> dict[str, Tensor]:
         return self._perturbed(self.perturbations[members.start : members.stop])
 

@@ -34,6 +34,7 @@ def _measured(population: Population, count: int, args: Any, kwargs: Any, per_me
     if per_member:
         given = Parts((args, kwargs))
         args, kwargs = given.rebuilt([tensor[: len(part)] for tensor in given.tensors])
+    part.weights.prepare_shared()
     part.weights.prepare(part.members)
     with PeakMemory() as memory, torch.no_grad():
         result = part(*args, per_member=per_member, **kwargs)

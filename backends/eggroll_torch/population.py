@@ -38,7 +38,10 @@ class MemberWeights(Protocol):
     """Numbers drawn for a member, or for a pair."""
 
     def prepare(self, members: range) -> None:
-        """Draws what `materialise` needs for these members, all at once, and what all members share."""
+        """Draws what `materialise` needs for these members, all at once."""
+
+    def prepare_shared(self) -> None:
+        """Draws what is drawn once for all members."""
 
     def batched(self, members: range) -> dict[str, Any]:
         """What differs between members of a chunk, with a leading axis over them; handed to `bind` one by one."""
@@ -223,7 +226,7 @@ class Population:
             return self._run_chunk(call, self._members[:count])
 
         if self._chunking.measures_next:  # what is drawn once for all members is no member's
-            weights.prepare(self._members[: weights.members_per_draw])
+            weights.prepare_shared()
         return self._chunking.forward(len(self), weights.members_per_draw, weights.device, run)
 
     @torch.no_grad()

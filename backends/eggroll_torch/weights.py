@@ -33,6 +33,8 @@ class EggrollWeights:
 
     def prepare(self, members: range) -> None:
         self.source.chunk(members)
+
+    def prepare_shared(self) -> None:
         self.source.draw_factors_of_all()
 
     def batched(self, members: range) -> dict[str, Any]:
