@@ -343,7 +343,7 @@ def plots(report: dict, out: Path) -> None:
         right.set_ylabel("peak memory of the process, MB")
         for axes in (left, right):
             axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
             axes.set_xlabel("members in the population")
             axes.grid(alpha=0.3)
         figure.suptitle(f"A generation in chunks of {report['scaling']['chunk_size']} members")
