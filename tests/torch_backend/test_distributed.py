@@ -42,8 +42,8 @@ def in_processes(tmp_path: Path, count: int, body: Callable[[int], Any]) -> list
 
 def _process(rank: int, count: int, folder: str, body: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
-    # What waits for another process for ever fails after a minute.
-    how: dict[str, Any] = {"init_method": f"file://{folder}/meeting", "timeout": datetime.timedelta(seconds=60)}
+    # What waits for another process for ever fails in the end.
+    how: dict[str, Any] = {"init_method": f"file://{folder}/meeting", "timeout": datetime.timedelta(minutes=3)}
     distributed.init_process_group("gloo", rank=rank, world_size=count, **how)
     try:
         torch.save(body(rank), f"{folder}/{rank}.pt")
@@ -335,7 +335,7 @@ def interrupted(rank: int) -> Any:
 
     def score(population: Population) -> Tensor:
         if rank == 1:
-            time.sleep(1)
+            time.sleep(3)
             os.kill(int(Path(f"{folder}/0.pid").read_text()), signal.SIGINT)
             time.sleep(1)
             raise KeyboardInterrupt
