@@ -301,7 +301,8 @@ def table(report: dict) -> str:
         t, memory = report["wide"]["milliseconds"], report["wide"]["memory of weights"]
         lines += [
             "",
-            f"W8: MLP 3 x {WIDTH}, {WIDE_MEMBERS} members, {WIDE_ROWS} shared inputs: weights larger than all else.",
+            f"W8: two layers of {WIDTH} x {WIDTH}, {WIDE_MEMBERS} members, {WIDE_ROWS} shared inputs: "
+            "weights larger than all else.",
             "",
             "| | generation | memory beyond the weights, of the weights |",
             "|---|---|---|",

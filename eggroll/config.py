@@ -159,6 +159,11 @@ class EggrollConfig:
         return self.group_size or self.population_size
 
     @property
+    def members_per_draw(self) -> int:
+        """Consecutive members that share a draw: 2 for antithetic pairs, else 1."""
+        return 2 if self.antithetic else 1
+
+    @property
     def draws(self) -> int:
         """Different draws in one generation: one for each pair, or one for each member."""
-        return self.population_size // 2 if self.antithetic else self.population_size
+        return self.population_size // self.members_per_draw

@@ -154,7 +154,7 @@ def direction(
         stop = min(start + step, config.population_size)
         draws, signs = draws_and_signs(xp.arange(start, stop, dtype=xp.int32, device=device), config)
         coefficients = xp.astype(weights_of_draws(weights[start:stop], signs, config), xp.float32)
-        chunk_keys = draw_keys(keys, generation, draws[:: 2 if config.antithetic else 1], config)
+        chunk_keys = draw_keys(keys, generation, draws[:: config.members_per_draw], config)
         if low_rank:
             factors = low_rank_noise(chunk_keys, layer, config.rank, precision, config.rng)
             total = total + low_rank_sum(coefficients, factors)

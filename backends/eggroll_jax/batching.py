@@ -52,7 +52,7 @@ def draws_to_evaluate(batch_size: BatchSize, config: EggrollConfig, chosen: Plan
     largest = max(largest_value(traced.jaxpr, inputs), *dense, 1)
     room = _CACHED if jax.default_backend() == "cpu" else _IN_MEMORY
     # The noise of a batch is there beside it.
-    fit = min(room // (largest * _members_of_a_draw(config)), _noise_that_fits(config, chosen))
+    fit = min(room // (largest * config.members_per_draw), _noise_that_fits(config, chosen))
     return _draws(batch_size, config, fit)
 
 
@@ -69,16 +69,12 @@ def _draws(batch_size: BatchSize, config: EggrollConfig, fit: int) -> int | None
     if batch_size is None:
         return None
     if batch_size != "auto":
-        return -(-batch_size // _members_of_a_draw(config))
+        return -(-batch_size // config.members_per_draw)
     if fit >= config.draws:
         return None
     fit = max(fit, 1)
     # A rest would be compiled apart: rather a few draws less, if that leaves none.
     return next((few for few in range(fit, fit // 2, -1) if config.draws % few == 0), fit)
-
-
-def _members_of_a_draw(config: EggrollConfig) -> int:
-    return config.population_size // config.draws
 
 
 def largest_value(closed: ClosedJaxpr, inputs: Sequence[Input]) -> int:

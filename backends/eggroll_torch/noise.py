@@ -129,7 +129,7 @@ class NoiseSource:
         drawn = [parameter for parameter in self.parameters if self.drawn_by_kernels(parameter)]
         factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
         self._bytes_of_factors = factors * config.draws
-        self._draws_once = self._bytes_of_factors <= 4 * KEPT
+        self._draws_once = 0 < self._bytes_of_factors <= 4 * KEPT
         self._stored = [parameter for parameter in self.parameters if not self.drawn_by_kernels(parameter)]
         self._factors: dict[str, StoredFactors] = {}
         self._layout = _RowLayout(self._stored, self._first_key, self.device)
@@ -139,7 +139,7 @@ class NoiseSource:
     @property
     def members_per_draw(self) -> int:
         """2 for antithetic pairs, else 1. A chunk holds whole pairs."""
-        return 2 if self.config.antithetic else 1
+        return self.config.members_per_draw
 
     @property
     def numbers_in_a_draw(self) -> int:
@@ -173,7 +173,8 @@ class NoiseSource:
         # On the host: a GPU would be handed five launches for it, and asked for signs later.
         index = np.arange(members.start, members.stop, dtype=np.int32)
         draws, signs = perturbation.draws_and_signs(index, self.config)
-        keys = self._draw_keys(self._sent(draws[:: self.members_per_draw]))
+        draws = draws[:: self.members_per_draw]
+        keys = self._keys_of_all[self._place(members)] if self._draws_once else self._draw_keys(self._sent(draws))
         drawn = ChunkNoise(members, self._sent(signs), tuple(signs.tolist()), keys, self._layout.draw(keys))
         if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
@@ -238,12 +239,15 @@ class NoiseSource:
 
         if not self.drawn_by_kernels(parameter):
             return stored()
-        keys = self.keys(parameter, chunk)
         if not self._draws_once:
+            keys = self.keys(parameter, chunk)
             return DrawnFactors(keys, parameter.rank, parameter.precision, parameter.rng, stored)
-        first = chunk.members.start // self.members_per_draw
-        whole, these = self._factors_of_all(parameter), slice(first, first + len(keys))
+        whole, these = self._factors_of_all(parameter), self._place(chunk.members)
         return StoredFactors(whole.A[these], whole.B[these])
+
+    def _place(self, members: range) -> slice:
+        """Where the draws of a chunk are among all."""
+        return slice(members.start // self.members_per_draw, -(-members.stop // self.members_per_draw))
 
     def _factors_of_all(self, parameter: ParameterNoise) -> StoredFactors:
         """The factors of all draws of a matrix in its own dtype, drawn by a kernel the first time."""

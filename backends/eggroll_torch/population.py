@@ -283,6 +283,7 @@ class Population:
 
         outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
+        # In inference mode tensors do not count how often they were written to: it stays open.
         if copied and not weights.policy.writes_to_inputs and not torch.is_inference_mode_enabled():
             weights.policy.writes_to_inputs = any(tensor._version for tensor in inputs)
         return outputs

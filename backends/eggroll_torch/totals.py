@@ -1,4 +1,4 @@
-"""Where a sum goes that a kernel has computed: ``total = beta * total + alpha * summed``, as in `torch.addmm`."""
+"""Where a sum goes that was computed beside it: ``total = beta * total + alpha * summed``, as in `torch.addmm`."""
 
 import torch
 from torch import Tensor

@@ -292,7 +292,7 @@ class EGGROLLTrainer(Trainer):
 
     @property
     def _members_per_draw(self) -> int:
-        return 2 if self.config.antithetic else 1
+        return self.config.members_per_draw
 
     def _settings(self) -> dict[str, Any]:
         assert self._population is not None

@@ -98,6 +98,7 @@ class TorchBackend(Backend):
 
     def shape_fitness(self, fitness: np.ndarray, config: EggrollConfig) -> np.ndarray:
         scores = eggroll_torch.fitness.as_fitness(torch.from_numpy(fitness), config.population_size)
+        scores = eggroll_torch.fitness.as_finite(scores, "raise")
         return _numpy(eggroll_torch.fitness.shaped_weights(scores, config))
 
     def outputs(self, evaluation: Evaluation) -> np.ndarray:
