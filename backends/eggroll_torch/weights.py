@@ -52,11 +52,12 @@ class EggrollWeights:
         if len(bound) == len(self.source.parameters):  # one member, materialised
             return bound
         chunk = self.source.chunk(members)
+        place = index - members.start
         for parameter in self.source.parameters:
             if parameter.kind == "low_rank":
                 noise = Noise(
                     self.source.factors(parameter, chunk),
-                    index - members.start,
+                    place,
                     chunk.signs,
                     self.source.low_rank_scale(parameter),
                     parameter.name,
