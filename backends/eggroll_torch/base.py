@@ -15,6 +15,7 @@ from eggroll.config import as_bool, as_choice, as_int, as_positive_float
 
 from . import threefry
 from .chunking import Chunking, ChunkSize
+from .compiling import Compile, Compiler
 from .fitness import Nonfinite, as_finite, as_fitness, member_fitness
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
 from .population import MemberWeights, Population, Randomness
@@ -60,6 +61,7 @@ class Trainer(torch.optim.Optimizer):
         device: torch.device | str | None,
         seed: int | Sequence[int] | Tensor | None,
         chunk_size: ChunkSize,
+        compile: Compile,
         nonfinite: Nonfinite,
         randomness: Randomness,
         snapshots: bool,
@@ -77,6 +79,7 @@ class Trainer(torch.optim.Optimizer):
             learning_rate = as_positive_float("learning_rate", learning_rate)
             self._population_size = as_int("population_size", population_size, 2)
             self._chunking = Chunking(chunk_size)
+            self._compiler = Compiler(compile)
             self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
             self.randomness = as_choice("randomness", randomness, ("different", "same"))
             self.snapshots = as_bool("snapshots", snapshots)
@@ -188,6 +191,7 @@ class Trainer(torch.optim.Optimizer):
                 self._processes.share(self.population_size, self._members_per_draw),
                 self._chunking,
                 self.randomness,  # type: ignore[arg-type]
+                self._compiler,
             )
         return self._population
 

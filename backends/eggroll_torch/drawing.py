@@ -20,7 +20,7 @@ from eggroll.config import RNGS, as_choice
 
 from . import kernels, philox, threefry
 
-__all__ = ["Draws", "Rows", "draw_uniforms"]
+__all__ = ["Draws", "Rows", "draw_uniforms", "fold_in_each"]
 
 
 class Draws(NamedTuple):
@@ -155,6 +155,23 @@ def _runs(draws: Sequence[Draws], shapes: Sequence[tuple[int, int, int]]) -> tup
     key, row = np.divmod(np.arange(len(draw)) - (np.cumsum(runs) - runs)[draw], rows[draw])
     key += (np.cumsum(keys) - keys)[draw]
     return np.stack([key, row, streams[draw]], axis=1).astype(np.uint32), np.cumsum([0, *lengths[draw]])
+
+
+def fold_in_each(keys: Tensor, data: Tensor) -> Tensor:
+    """`eggroll.prng.fold_in` of each number into each key, on the device where they are.
+
+    Args:
+        keys: int32, shape ``(n_keys, 2)``.
+        data: int32, shape ``(draws,)``.
+
+    Returns:
+        int32, shape ``(draws, n_keys, 2)``.
+    """
+    if kernels.status(keys.device).available:
+        from .kernels.noise import fold_in
+
+        return fold_in(keys, data)
+    return threefry.fold_in(keys, data.unsqueeze(1))
 
 
 def draw_uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """`ESTrainer`, to be subclassed, and `VanillaESTrainer`: full-rank evolution strategies on one flat vector."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from eggroll.config import as_positive_float
 from . import threefry
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
 from .chunking import ChunkSize
+from .compiling import Compile
 from .drawing import Draws, Rows
 from .fitness import Nonfinite
 from .perturbed import Policy
@@ -65,6 +66,7 @@ class ESTrainer(Trainer):
         population_fitness_fn: PopulationFitnessFn | None = None,
         optimizer: OptimizerFactory = torch.optim.SGD,
         chunk_size: ChunkSize = None,
+        compile: Compile = False,
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
         snapshots: bool = True,
@@ -84,6 +86,7 @@ class ESTrainer(Trainer):
             device,
             seed,
             chunk_size,
+            compile,
             nonfinite,
             randomness,
             snapshots,
@@ -169,6 +172,7 @@ class _FlatWeights:
     """Members' weights from dense perturbations of the flattened parameters."""
 
     members_per_draw = 1
+    signature: Hashable = None
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], perturbations: Tensor, sigma: float, randomness_key: Tensor
@@ -190,7 +194,10 @@ class _FlatWeights:
     def batched(self, members: range) -> dict[str, Tensor]:
         return self._perturbed(self.perturbations[members.start : members.stop])
 
-    def bind(self, members: range, index: Tensor, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    def shared(self, members: range) -> dict[str, list[Tensor]]:
+        return {}
+
+    def bind(self, place: Tensor, mine: dict[str, Tensor], shared: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return mine
 
     @torch.no_grad()

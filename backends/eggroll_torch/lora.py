@@ -12,7 +12,7 @@ __all__ = ["adapter"]
 def adapter(model: nn.Module, weights: Any, member: int) -> dict[str, Tensor]:
     """The adapter's state dict; see `Population.lora`.
 
-    LoRA adds ``lora_B @ lora_A`` to a weight; the perturbation is ``(signs * scale * A) @ B.T``.
+    LoRA adds ``lora_B @ lora_A`` to a weight; the perturbation is ``(scale * A) @ B.T``.
     """
     if not hasattr(weights, "member_factors"):
         raise TypeError("only low-rank perturbations make an adapter: use EGGROLLTrainer")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import ops, threefry
+from . import ops
 from .autocast import autocasts
 from .perturbed import unwrapped
 
@@ -31,7 +31,7 @@ class MemberMode(TorchFunctionMode):
     Args:
         member: int64, shape ``()``, the member's index in the population, or 0 for the same randomness in all; one
             for each member under `vmap`.
-        key: int32, shape ``(2,)``, on the CPU, the key of the generation's randomness.
+        key: int32, shape ``(2,)``, the key of the generation's randomness.
     """
 
     def __init__(self, member: Tensor, key: Tensor):
@@ -55,9 +55,9 @@ class MemberMode(TorchFunctionMode):
 
     def uniform(self, shape: torch.Size) -> Tensor:
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
-        key = threefry.fold_in(self._key, threefry.word(self._calls))
+        call = self._calls
         self._calls += 1
-        return ops.member_uniform(key.to(self._member.device, non_blocking=True), self._member, list(shape))
+        return ops.member_uniform(self._key, call, self._member, list(shape))
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}

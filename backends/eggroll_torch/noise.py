@@ -6,7 +6,7 @@ the forward pass and the update; a larger one draws it twice and needs no more m
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -18,7 +18,7 @@ from torch import Tensor
 from eggroll import EggrollConfig, perturbation, prng
 
 from . import kernels, threefry
-from .drawing import Draws, Rows
+from .drawing import Draws, Rows, fold_in_each
 from .parameters import ParameterNoise
 
 __all__ = ["KEPT", "ChunkNoise", "DrawnFactors", "NoiseSource", "StoredFactors"]
@@ -43,31 +43,25 @@ class DrawnFactors:
 
     Attributes:
         keys: int32, shape ``(draws, 2)``.
-        rank: columns of each factor.
-        precision: the dtype in which it is drawn.
-        rng: what it is drawn with.
-        draw: puts it into memory, for operations without such a kernel.
+        parameter: the matrix.
     """
 
     keys: Tensor
-    rank: int
-    precision: prng.Precision
-    rng: prng.Rng
-    draw: Callable[[], StoredFactors]
+    parameter: ParameterNoise
 
     @property
     def A(self) -> Tensor:
-        """See `StoredFactors`."""
+        """See `StoredFactors`; for operations without such a kernel."""
         return self._stored.A
 
     @property
     def B(self) -> Tensor:
-        """See `StoredFactors`."""
+        """See `A`."""
         return self._stored.B
 
     @cached_property
     def _stored(self) -> StoredFactors:
-        return self.draw()
+        return _stored(self.parameter, _drawn_alone(self.parameter, self.keys))
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,10 @@ class NoiseSource:
         index = np.arange(members.start, members.stop, dtype=np.int32)
         draws, signs = perturbation.draws_and_signs(index, self.config)
         draws = draws[:: self.members_per_draw]
-        keys = self._keys_of_all[self._place(members)] if self._draws_once else self._draw_keys(self._sent(draws))
+        if self._draws_once:
+            keys = self._keys_of_all[self._place(members)]
+        else:
+            keys = fold_in_each(self._generation_keys, self._sent(draws))
         drawn = ChunkNoise(members, self._sent(signs), tuple(signs.tolist()), keys, self._layout.draw(keys))
         if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
@@ -185,14 +182,6 @@ class NoiseSource:
     def _sent(self, array: np.ndarray) -> Tensor:
         """An array of the host on the device, which may have work to do before it takes it."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
-
-    def _draw_keys(self, draws: Tensor) -> Tensor:
-        """The keys of some draws, int32 of shape ``(draws, n_keys, 2)``."""
-        if self._kernels:
-            from .kernels.noise import fold_in
-
-            return fold_in(self._generation_keys, draws)
-        return threefry.fold_in(self._generation_keys, draws.unsqueeze(1))
 
     def chunk_with(self, member: int) -> ChunkNoise:
         """A chunk that holds `member`: one that is there, or that of its draw alone."""
@@ -230,18 +219,10 @@ class NoiseSource:
 
     def factors(self, parameter: ParameterNoise, chunk: ChunkNoise) -> StoredFactors | DrawnFactors:
         """The low-rank noise of a parameter in its own dtype."""
-        dtype = parameter.parameter.dtype
-
-        def stored() -> StoredFactors:
-            noise = self.noise(parameter, chunk)
-            assert isinstance(noise, perturbation.LowRank)
-            return StoredFactors(noise.A.to(dtype), noise.B.to(dtype))
-
         if not self.drawn_by_kernels(parameter):
-            return stored()
+            return _stored(parameter, self.noise(parameter, chunk))
         if not self._draws_once:
-            keys = self.keys(parameter, chunk)
-            return DrawnFactors(keys, parameter.rank, parameter.precision, parameter.rng, stored)
+            return DrawnFactors(self.keys(parameter, chunk), parameter)
         whole, these = self._factors_of_all(parameter), self._place(chunk.members)
         return StoredFactors(whole.A[these], whole.B[these])
 
@@ -277,7 +258,8 @@ class NoiseSource:
     @cached_property
     def _keys_of_all(self) -> Tensor:
         """The keys of all draws, as `ChunkNoise.keys`."""
-        return self._draw_keys(torch.arange(self.config.draws, dtype=torch.int32, device=self.device))
+        every_draw = torch.arange(self.config.draws, dtype=torch.int32, device=self.device)
+        return fold_in_each(self._generation_keys, every_draw)
 
     def dense(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
@@ -348,6 +330,13 @@ def _drawn_alone(parameter: ParameterNoise, keys: Tensor) -> perturbation.LowRan
         keys.unsqueeze(1).expand(-1, len(draws), -1), parameter.precision
     )
     return _shaped(parameter, drawn)
+
+
+def _stored(parameter: ParameterNoise, noise: perturbation.LowRank | Tensor) -> StoredFactors:
+    """Factors in the dtype of their parameter."""
+    assert isinstance(noise, perturbation.LowRank)
+    dtype = parameter.parameter.dtype
+    return StoredFactors(noise.A.to(dtype), noise.B.to(dtype))
 
 
 def _shaped(parameter: ParameterNoise, drawn: Sequence[Tensor]) -> perturbation.LowRank | Tensor:

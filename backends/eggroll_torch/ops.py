@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import kernels, threefry
-from .drawing import draw_uniforms
+from . import kernels
+from .drawing import draw_uniforms, fold_in_each
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
@@ -32,10 +32,9 @@ def perturbed_linear(
     precision: str,
     rng: str,
     member: Tensor,
-    signs: Tensor,
-    scale: float,
+    scales: Tensor,
 ) -> Tensor:
-    """``x @ W_i.T + bias`` with ``W_i = W + signs[i] * scale * A[d] @ B[d].T`` for one member ``i``.
+    """``x @ W_i.T + bias`` with ``W_i = W + scales[i] * A[d] @ B[d].T`` for one member ``i``.
 
     Args:
         x: shape ``(..., in)``.
@@ -47,26 +46,25 @@ def perturbed_linear(
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
         member: int64, shape ``()``, the member's place in the chunk. Under `vmap` over members it is
             ``0 .. members - 1``; draw ``d`` is ``member // (members / draws)``.
-        signs: float32, shape ``(members,)``.
-        scale: ``sigma / sqrt(rank)``.
+        scales: float32, shape ``(members,)``: ``sigma / sqrt(rank)`` times the member's sign.
 
     Returns:
         Shape ``(..., out)``.
     """
     rows = x.reshape(1, -1, x.shape[-1])
-    *factors, sign = _one_member(*factors, member=member, signs=signs)
-    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, sign, scale)
+    *factors, scale = _one_member(*factors, member=member, scales=scales)
+    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_fake
-def _(x, weight, bias, factors, rank, precision, rng, member, signs, scale):
+def _(x, weight, bias, factors, rank, precision, rng, member, scales):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_vmap
-def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, signs, scale):
-    x_dim, _, bias_dim, _, _, _, _, member_dim, _, _ = in_dims
+def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, scales):
+    x_dim, _, bias_dim, _, _, _, _, member_dim, _ = in_dims
     x = _batch_first(x, x_dim)
     bias = _batch_first(bias, bias_dim)
     if member_dim is None:
@@ -74,19 +72,19 @@ def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, sig
         if x_dim is None:
             x = x.expand(info.batch_size, *x.shape)
         shared = None if bias_dim is not None else bias
-        out = perturbed_linear(x, weight, shared, factors, rank, precision, rng, member, signs, scale)
+        out = perturbed_linear(x, weight, shared, factors, rank, precision, rng, member, scales)
         if bias_dim is not None:
             out = out + bias.view(bias.shape[0], *(1,) * (out.ndim - 2), -1)
         return out, 0
     lead = x.shape[:-1] if x_dim is None else x.shape[1:-1]
     rows = x.reshape(-1, x.shape[-1]) if x_dim is None else x.reshape(x.shape[0], -1, x.shape[-1])
-    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, signs, scale)
+    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, scales)
     return out.view(out.shape[0], *lead, weight.shape[0]), 0
 
 
 @torch.library.custom_op("eggroll::perturbed_stacked_linear", mutates_args=())
 def perturbed_stacked_linear(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, scales: Tensor
 ) -> Tensor:
     """``x[e] @ W_i[e].T`` for each matrix ``e`` of a stack, for one member ``i``; see `perturbed_linear`.
 
@@ -99,30 +97,30 @@ def perturbed_stacked_linear(
     Returns:
         Shape ``(stack, rows, out)``.
     """
-    A, B, sign = _one_member(A, B, member=member, signs=signs)
-    return _stacked_linear_of_members(x.unsqueeze(0), weight, A, B, sign, scale).squeeze(0)
+    A, B, scale = _one_member(A, B, member=member, scales=scales)
+    return _stacked_linear_of_members(x.unsqueeze(0), weight, A, B, scale).squeeze(0)
 
 
 @perturbed_stacked_linear.register_fake
-def _(x, weight, A, B, member, signs, scale):
+def _(x, weight, A, B, member, scales):
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[1])
 
 
 @perturbed_stacked_linear.register_vmap
-def _(info, in_dims, x, weight, A, B, member, signs, scale):
+def _(info, in_dims, x, weight, A, B, member, scales):
     x_dim, member_dim = in_dims[0], in_dims[4]
     x = _batch_first(x, x_dim) if x_dim is not None else x.expand(info.batch_size, *x.shape)
     if member_dim is None:
         # A vmap inside the model: the same member, more rows.
         rows = x.transpose(0, 1).flatten(1, 2)
-        out = perturbed_stacked_linear(rows, weight, A, B, member, signs, scale)
+        out = perturbed_stacked_linear(rows, weight, A, B, member, scales)
         return out.unflatten(1, (x.shape[0], x.shape[2])), 1
-    return _stacked_linear_of_members(x, weight, A, B, signs, scale), 0
+    return _stacked_linear_of_members(x, weight, A, B, scales), 0
 
 
 @torch.library.custom_op("eggroll::perturbed_embedding", mutates_args=())
 def perturbed_embedding(
-    index: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, signs: Tensor, scale: float
+    index: Tensor, weight: Tensor, A: Tensor, B: Tensor, member: Tensor, scales: Tensor
 ) -> Tensor:
     """Rows ``W_i[index]`` of the perturbed weight of one member ``i``; see `perturbed_linear`.
 
@@ -133,25 +131,25 @@ def perturbed_embedding(
     Returns:
         Shape ``(..., embedding_dim)``.
     """
-    A, B, sign = _one_member(A, B, member=member, signs=signs)
-    out = _embedding_of_members(index.reshape(1, -1), weight, A, B, sign, scale)
+    A, B, scale = _one_member(A, B, member=member, scales=scales)
+    out = _embedding_of_members(index.reshape(1, -1), weight, A, B, scale)
     return out.view(*index.shape, weight.shape[1])
 
 
 @perturbed_embedding.register_fake
-def _(index, weight, A, B, member, signs, scale):
+def _(index, weight, A, B, member, scales):
     return weight.new_empty(*index.shape, weight.shape[1])
 
 
 @perturbed_embedding.register_vmap
-def _(info, in_dims, index, weight, A, B, member, signs, scale):
+def _(info, in_dims, index, weight, A, B, member, scales):
     index_dim, member_dim = in_dims[0], in_dims[4]
     index = _batch_first(index, index_dim)
     if member_dim is None:
-        return perturbed_embedding(index, weight, A, B, member, signs, scale), 0
+        return perturbed_embedding(index, weight, A, B, member, scales), 0
     lead = index.shape if index_dim is None else index.shape[1:]
-    flat = index.reshape(1, -1).expand(signs.shape[0], -1) if index_dim is None else index.flatten(1)
-    out = _embedding_of_members(flat, weight, A, B, signs, scale)
+    flat = index.reshape(1, -1).expand(scales.shape[0], -1) if index_dim is None else index.flatten(1)
+    out = _embedding_of_members(flat, weight, A, B, scales)
     return out.view(out.shape[0], *lead, weight.shape[1]), 0
 
 
@@ -196,25 +194,41 @@ def _mask_of_members(mask: Tensor, dim: int | None, members: int, ndim: int, lea
 
 
 @torch.library.custom_op("eggroll::member_uniform", mutates_args=())
-def member_uniform(key: Tensor, member: Tensor, shape: list[int]) -> Tensor:
-    """Uniform numbers on [0, 1) from ``fold_in(key, member)``, float32.
+def member_uniform(key: Tensor, call: int, member: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers on [0, 1) from ``fold_in(fold_in(key, call), member)``, float32.
 
     Args:
         key: int32, shape ``(2,)``.
+        call: which of the draws of a member this is.
         member: int64, shape ``()``.
         shape: of the result.
     """
-    return draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape)
+    return uniforms_of_members(key, call, member, shape)
 
 
 @member_uniform.register_fake
-def _(key, member, shape):
+def _(key, call, member, shape):
     return key.new_empty(shape, dtype=torch.float32)
 
 
 @member_uniform.register_vmap
-def _(info, in_dims, key, member, shape):
-    return draw_uniforms(threefry.fold_in(key, member.to(torch.int32)), shape), 0
+def _(info, in_dims, key, call, member, shape):
+    return uniforms_of_members(key, call, member, shape), 0
+
+
+# An operation of its own: what draws on a CPU is no operation of PyTorch, and would not be recorded.
+@torch.library.custom_op("eggroll::uniforms_of_members", mutates_args=())
+def uniforms_of_members(key: Tensor, call: int, members: Tensor, shape: Sequence[int]) -> Tensor:
+    """`member_uniform` for int64 members of any shape: float32, shape ``(*members.shape, *shape)``."""
+    # Filled on the device: a copy of the number from the host would be waited for.
+    call_key = fold_in_each(key.view(1, 2), torch.full((1,), call, dtype=torch.int32, device=key.device)).view(1, 2)
+    keys = fold_in_each(call_key, members.reshape(-1).to(torch.int32))
+    return draw_uniforms(keys.view(*members.shape, 2), shape)
+
+
+@uniforms_of_members.register_fake
+def _(key, call, members, shape):
+    return key.new_empty((*members.shape, *shape), dtype=torch.float32)
 
 
 def _linear_of_members(
@@ -225,8 +239,7 @@ def _linear_of_members(
     rank: int,
     precision: str,
     rng: str,
-    signs: Tensor,
-    scale: float,
+    scales: Tensor,
 ) -> Tensor:
     """`perturbed_linear` for all members of a chunk.
 
@@ -242,10 +255,10 @@ def _linear_of_members(
 
         if len(factors) == 1:
             how = {"precision": precision, "rng": rng}
-            return linear_of_members_drawn(x, weight, bias, factors[0], rank, signs, scale, **how)
-        return linear_of_members(x, weight, bias, *factors, signs, scale)
+            return linear_of_members_drawn(x, weight, bias, factors[0], rank, scales, 1.0, **how)
+        return linear_of_members(x, weight, bias, *factors, scales, 1.0)
     A, B = factors
-    members, (draws, out_features) = signs.shape[0], A.shape[:2]
+    members, (draws, out_features) = scales.shape[0], A.shape[:2]
     copies = members // draws
     shared = x.ndim == 2
     rows, in_features = x.shape[-2:]
@@ -254,28 +267,27 @@ def _linear_of_members(
         return out
     own_bias = bias if bias is not None and bias.ndim == 2 else None
     base = torch.nn.functional.linear(x, weight, None if own_bias is not None else bias) if shared else None
-    signs = (signs * scale).to(x.dtype).view(draws, copies, 1, 1)
+    scales = scales.to(x.dtype).view(draws, copies, 1, 1)
     for draw in range(0, draws, step := _draws_in_block(x, copies * rows * max(in_features, out_features))):
         here, these = slice(draw, draw + step), slice(draw * copies, (draw + step) * copies)
         block, A_, B_ = out[these], A[here], B[here]  # `block`: (members of the block, rows, out)
         if base is not None:
-            left = _shared_projection(x, B_).unsqueeze(1) * signs[here]  # (draws, copies, rows, rank)
+            left = _shared_projection(x, B_).unsqueeze(1) * scales[here]  # (draws, copies, rows, rank)
             _outer_into(block, base, left, A_)
             if own_bias is not None:
                 block.add_(own_bias[these].unsqueeze(1))
         else:
             # The small terms first: the product with the weight adds to them while they are in the cache.
             x_ = x[these].reshape(-1, in_features)
-            left = _projection(x_.view(-1, copies * rows, in_features), B_).unflatten(1, (copies, rows)) * signs[here]
+            left = _projection(x_.view(-1, copies * rows, in_features), B_)
+            left = left.unflatten(1, (copies, rows)) * scales[here]
             _outer_into(block, bias if own_bias is None else own_bias[these].unsqueeze(1), left, A_)
             flat = block.view(-1, out_features)
             torch.addmm(flat, x_, weight.mT, out=flat)
     return out
 
 
-def _stacked_linear_of_members(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, signs: Tensor, scale: float
-) -> Tensor:
+def _stacked_linear_of_members(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
     """`perturbed_stacked_linear` for all members of a chunk: `x` of shape ``(members, stack, rows, in)``."""
     members, stack, rows, in_features = x.shape
     draws, _, out_features, rank = A.shape
@@ -284,24 +296,24 @@ def _stacked_linear_of_members(
     out = torch.bmm(by_matrix, weight.mT)  # (stack, members * rows, out)
     by_draw = by_matrix.reshape(stack * draws, copies * rows, in_features)
     projected = _projection(by_draw, B.transpose(0, 1).reshape(-1, in_features, rank))
-    signs = (signs * scale).to(x.dtype).view(1, draws, copies, 1, 1)
-    projected = (projected.reshape(stack, draws, copies, rows, rank) * signs).view(stack * draws, copies * rows, rank)
+    scales = scales.to(x.dtype).view(1, draws, copies, 1, 1)
+    projected = projected.reshape(stack, draws, copies, rows, rank) * scales
     _add_outer_(
         out.view(stack * draws, copies * rows, out_features),
-        projected,
+        projected.view(stack * draws, copies * rows, rank),
         A.transpose(0, 1).reshape(-1, out_features, rank),
     )
     return out.view(stack, members, rows, out_features).transpose(0, 1).contiguous()
 
 
-def _embedding_of_members(index: Tensor, weight: Tensor, A: Tensor, B: Tensor, signs: Tensor, scale: float) -> Tensor:
+def _embedding_of_members(index: Tensor, weight: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
     """`perturbed_embedding` for all members of a chunk: `index` of shape ``(members, rows)``."""
     draws, _, rank = A.shape
     copies, rows = index.shape[0] // draws, index.shape[1]
     out = torch.nn.functional.embedding(index, weight)  # (members, rows, dim)
     by_draw = index.reshape(draws, copies * rows)
     picked = A.gather(1, by_draw.unsqueeze(-1).expand(-1, -1, rank)).view(draws, copies, rows, rank)
-    picked = (picked * (signs * scale).to(weight.dtype).view(draws, copies, 1, 1)).flatten(1, 2)
+    picked = (picked * scales.to(weight.dtype).view(draws, copies, 1, 1)).flatten(1, 2)
     _add_outer_(out.view(draws, copies * rows, weight.shape[1]), picked, B)
     return out
 
@@ -361,10 +373,10 @@ def _shared_projection(x: Tensor, B: Tensor) -> Tensor:
     return flat.view(-1, draws, rank).permute(1, 0, 2)
 
 
-def _one_member(*factors: Tensor, member: Tensor, signs: Tensor) -> list[Tensor]:
-    """The draw of one member from factors, or keys, of all, with an axis of length 1 over draws; and its sign."""
-    draw = member // (signs.shape[0] // factors[0].shape[0])
-    return [*(factor[draw].unsqueeze(0) for factor in factors), signs[member].view(1)]
+def _one_member(*factors: Tensor, member: Tensor, scales: Tensor) -> list[Tensor]:
+    """The draw of one member from factors, or keys, of all, with an axis of length 1 over draws; and its scale."""
+    draw = member // (scales.shape[0] // factors[0].shape[0])
+    return [*(factor[draw].unsqueeze(0) for factor in factors), scales[member].view(1)]
 
 
 def _draws_in_block(x: Tensor, elements_of_a_draw: int) -> int:

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +120,14 @@ class _Watch(TorchFunctionMode):
 class Noise:
     """The low-rank noise that a perturbed weight carries.
 
-    A weight of shape ``(*stack, rows, columns)`` is ``W + signs[member] * scale * A[d] @ B[d].T``, where ``d`` is
-    the member's draw, ``member // (members / draws)``.
+    A weight of shape ``(*stack, rows, columns)`` is ``W + scales[member] * A[d] @ B[d].T``, where ``d`` is the
+    member's draw, ``member // (members / draws)``.
 
     Attributes:
         factors: `A`, shape ``(draws, *stack, rows, rank)``, and `B`, ``(draws, *stack, columns, rank)``, or the keys
             that they are drawn from.
         member: int64, shape ``()``: the member's place in the chunk, one for each member under `vmap`.
-        signs: float32, shape ``(members,)``.
-        scale: ``sigma / sqrt(rank)``.
+        scales: float32, shape ``(members,)``: ``sigma / sqrt(rank)`` times the member's sign.
         name: of the parameter.
         policy: shared by all weights of a population.
         kernel: for the weight of a convolution, its shape; `A` and `B` then belong to the matrix
@@ -137,8 +136,7 @@ class Noise:
 
     factors: StoredFactors | DrawnFactors
     member: Tensor
-    signs: Tensor
-    scale: float
+    scales: Tensor
     name: str
     policy: Policy
     kernel: tuple[int, ...] | None = None
@@ -158,29 +156,64 @@ class Noise:
         return replace(self, factors=StoredFactors(A, B))
 
     def of_member(self) -> tuple[Tensor, Tensor]:
-        """The member's ``signs * scale * A``, ``(*stack, rows, rank)``, and ``B``, ``(*stack, columns, rank)``."""
+        """The member's ``scale * A``, ``(*stack, rows, rank)``, and ``B``, ``(*stack, columns, rank)``."""
         self.policy.used.add(self.name)
-        draw = self.member // (self.signs.shape[0] // self.A.shape[0])
-        coefficient = (self.signs[self.member] * self.scale).to(self.A.dtype)
-        return self.A[draw] * coefficient, self.B[draw]
+        draw = self.member // (self.scales.shape[0] // self.A.shape[0])
+        return self.A[draw] * self.scales[self.member].to(self.A.dtype), self.B[draw]
 
-    def operands(self) -> tuple[Tensor, Tensor, float]:
+    def operands(self) -> tuple[Tensor, Tensor]:
         """What the operations of `eggroll_torch.ops` take after the weight and the factors."""
         self.policy.used.add(self.name)
-        return self.member, self.signs, self.scale
+        return self.member, self.scales
 
 
-class PerturbedWeight(torch.Tensor):
-    """``W + signs[member] * scale * A[d] @ B[d].T``, where ``d`` is the member's draw.
+class Weight(torch.Tensor):
+    """A parameter as one member sees it: a tensor without values, which its `__torch_function__` puts in.
 
-    The tensor itself holds ``W``, shape ``(*stack, rows, columns)``; `noise` holds the rest.
+    Not `as_subclass`, which recording cannot follow and which takes no tensor that is of a subclass itself.
+
+    Attributes:
+        base: the values, or those before they are perturbed.
+    """
+
+    base: Tensor
+
+    @classmethod
+    def wrapping(cls, base: Tensor) -> Self:
+        weight: Self = torch.Tensor._make_wrapper_subclass(
+            cls, base.shape, base.stride(), dtype=base.dtype, device=base.device
+        )
+        weight.base = base
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(args[0].base, *args[1:], **kwargs) if func in _METADATA else cls.computed(func, args, kwargs)
+
+    @classmethod
+    def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a function that is about values returns."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        raise UnsupportedOperationError(f"{func} reads the values of a parameter where nothing puts them in")
+
+
+class PerturbedWeight(Weight):
+    """``W + scales[member] * A[d] @ B[d].T``, where ``d`` is the member's draw.
+
+    Attributes:
+        base: ``W``, shape ``(*stack, rows, columns)``.
+        noise: the rest.
     """
 
     noise: Noise
 
     @staticmethod
-    def make(weight: Tensor, noise: Noise) -> "PerturbedWeight":
-        perturbed = weight.as_subclass(PerturbedWeight)
+    def make(base: Tensor, noise: Noise) -> "PerturbedWeight":
+        perturbed = PerturbedWeight.wrapping(base)
         perturbed.noise = noise
         return perturbed
 
@@ -190,11 +223,7 @@ class PerturbedWeight(torch.Tensor):
         return self.ndim == 2 and self.noise.kernel is None
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+    def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         rule = _RULES.get(func)
         if rule is not None:
             try:
@@ -208,39 +237,30 @@ class PerturbedWeight(torch.Tensor):
         return _with_weights_formed(func, args, kwargs)
 
 
-class DenseWeight(torch.Tensor):
-    """A parameter with dense noise, as one member sees it: an ordinary tensor that notes its use."""
+class DenseWeight(Weight):
+    """A parameter with dense noise: an ordinary tensor that notes its use."""
 
     use: Callable[[], None]
     """Notes that the parameter took part in a computation."""
 
     @staticmethod
-    def make(weight: Tensor, name: str, policy: Policy) -> "DenseWeight":
-        dense = weight.as_subclass(DenseWeight)
+    def make(base: Tensor, name: str, policy: Policy) -> "DenseWeight":
+        dense = DenseWeight.wrapping(base)
         dense.use = functools.partial(policy.used.add, name)
         return dense
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-
+    def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         def used(leaf: Any) -> Any:
             return unwrapped(leaf) if type(leaf) is cls else leaf
 
-        if _operation(func) == "__set__":  # such as `weight.data = ...`, which is about this object
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(args[0], *map(used, args[1:]))
         args, kwargs = pytree.tree_map(used, (args, kwargs))
         return func(*args, **kwargs)
 
 
 def plain(weight: Tensor) -> Tensor:
     """The ordinary tensor under a weight: for a perturbed one, the unperturbed values."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return weight.as_subclass(torch.Tensor)
+    return weight.base if isinstance(weight, Weight) else weight
 
 
 def unwrapped(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The members of one generation, called like the model that they are perturbations of."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch.func import functional_call
 from eggroll.config import as_int
 
 from .chunking import Chunking, chunk_ranges
+from .compiling import Compiler, left_as_it_is, state_of
 from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy, UnsupportedOperationError, formed
@@ -43,11 +44,24 @@ class MemberWeights(Protocol):
     def prepare_shared(self) -> None:
         """Draws what is drawn once for all members."""
 
-    def batched(self, members: range) -> dict[str, Any]:
+    @property
+    def signature(self) -> Hashable:
+        """What `bind` depends on besides its arguments."""
+
+    def batched(self, members: range) -> dict[str, Tensor]:
         """What differs between members of a chunk, with a leading axis over them; handed to `bind` one by one."""
 
-    def bind(self, members: range, index: Tensor, mine: dict[str, Any]) -> dict[str, Tensor]:
-        """Parameters by name for member `index` of a chunk, given its slices of `batched` or all of `materialise`."""
+    def shared(self, members: range) -> dict[str, list[Tensor]]:
+        """What `bind` needs besides, the same for all members of a chunk."""
+
+    def bind(self, place: Tensor, mine: dict[str, Tensor], shared: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Parameters by name for one member of a chunk.
+
+        Args:
+            place: int64, shape ``()``, the member's place in the chunk.
+            mine: its slices of `batched`, or all of `materialise`.
+            shared: what `shared` returned; nothing beside all of `materialise`.
+        """
 
     def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Parameters by name for one member, each in a tensor of its own, in `dtype` or their own dtypes."""
@@ -62,6 +76,7 @@ class Population:
         members: which members.
         chunking: how many members run at a time.
         randomness: ``"different"`` for each member, such as its dropout, or the ``"same"`` in all.
+        compiler: runs the forward passes.
 
     Example:
         >>> import torch
@@ -86,6 +101,7 @@ class Population:
         members: range,
         chunking: Chunking | None = None,
         randomness: Randomness = "different",
+        compiler: Compiler | None = None,
     ):
         self._model = model
         self._open_weights: MemberWeights | None = weights
@@ -93,6 +109,7 @@ class Population:
         self._members = members
         self._chunking = chunking or Chunking(None)
         self._randomness = randomness
+        self._compiler = compiler or Compiler(False)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -153,7 +170,7 @@ class Population:
         allocator can then not use those again.
         """
         for members in chunk_ranges(self._members, as_int("size", size, 1), self.weights.members_per_draw):
-            part = Population(self._model, self.weights, members, self._chunking, self._randomness)
+            part = Population(self._model, self.weights, members, self._chunking, self._randomness, self._compiler)
             part._whole = self
             yield part
 
@@ -191,6 +208,7 @@ class Population:
         """
         return adapter(self._model, self.weights, self._member(index))
 
+    @left_as_it_is
     @torch.no_grad()
     def evaluate(self, fitness_fn: Callable[[nn.Module], float]) -> list[float]:
         """What `fitness_fn` says of each member, one at a time, without recording gradients; see `member`.
@@ -223,18 +241,19 @@ class Population:
         weights = self.weights
 
         def run(count: int) -> object:
-            return self._run_chunk(call, self._members[:count])
+            return self._run_chunk(call, self._members[:count], Compiler(False))
 
         if self._chunking.measures_next:  # what is drawn once for all members is no member's
             weights.prepare_shared()
         return self._chunking.forward(len(self), weights.members_per_draw, weights.device, run)
 
+    @left_as_it_is
     @torch.no_grad()
     def _run(self, call: "_Call") -> Any:
         size = self._size(call)
         collected: _Collected | None = None
         for members in chunk_ranges(self._members, size, self.weights.members_per_draw):
-            outputs = self._run_chunk(call, members)
+            outputs = self._run_chunk(call, members, self._compiler)
             if len(members) == len(self):
                 return outputs.tree()
             if collected is None:
@@ -244,7 +263,7 @@ class Population:
         return collected.tree()
 
     @torch.no_grad()
-    def _run_chunk(self, call: "_Call", members: range) -> "_Outputs":
+    def _run_chunk(self, call: "_Call", members: range, compiler: Compiler) -> "_Outputs":
         weights = self.weights
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
         # Copies of the inputs are made until a call has shown that the model does not write to them.
@@ -254,20 +273,49 @@ class Population:
         outputs = _Outputs()
         caller = _Caller(self._model, call.method)
         index = torch.arange(members.start, members.stop, device=weights.device)
+        key = weights.randomness_key.to(weights.device, non_blocking=True)
         buffers = {f"model.{name}": buffer for name, buffer in self._model.named_buffers()}
 
-        def run_member(index: Tensor, mine: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
+        def run_member(
+            index: Tensor, key: Tensor, bound: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
+        ) -> list[Tensor]:
             args, kwargs = call.arguments(inputs)
-            bound = {f"model.{name}": value for name, value in weights.bind(members, index, mine).items()}
+            bound = {f"model.{name}": value for name, value in bound.items()}
             bound |= {name: buffer.clone() for name, buffer in buffers.items()}
-            with MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, weights.randomness_key):
+            with MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, key):
                 return outputs.take_apart(functional_call(caller, bound, args, kwargs))
 
+        def run_all(
+            index: Tensor,
+            key: Tensor,
+            mine: dict[str, Tensor],
+            shared: dict[str, list[Tensor]],
+            frozen: dict[str, Tensor],
+            buffers: dict[str, Tensor],
+            inputs: list[Tensor],
+        ) -> list[Tensor]:
+            def run(index: Tensor, place: Tensor, mine: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+                return run_member(index, key, frozen | weights.bind(place, mine, shared), buffers, inputs)
+
+            in_dims = (0, 0, 0, 0 if call.per_member else None)
+            place = torch.arange(len(index), device=index.device)
+            return torch.vmap(run, in_dims, randomness=self._randomness)(index, place, mine, inputs)
+
         def run_vectorised() -> list[Tensor]:
-            in_dims = (0, 0, 0 if call.per_member else None)
-            run = torch.vmap(run_member, in_dims, randomness=self._randomness)
+            mine, shared = weights.batched(members), weights.shared(members)
+            frozen = self._frozen(mine, shared) if compiler.enabled else {}
+            arguments = (index, key, mine, shared, frozen, buffers, inputs)
             with self._seeded(members.start):
-                return run(index, weights.batched(members), inputs)
+                if not compiler.enabled:
+                    return run_all(*arguments)
+                tensors, outputs.parts = compiler.run(
+                    run_all,
+                    arguments,
+                    lambda: (state_of(self._model), weights.signature, self._randomness, call.signature),
+                    outputs.parts_alone,
+                    weights.policy,
+                )
+                return tensors
 
         def run_one_by_one() -> list[Tensor]:
             weights.policy.writes_to_inputs = True  # members come one after another: each gets a copy of its own
@@ -278,7 +326,8 @@ class Population:
             for i, member in enumerate(members):
                 with self._seeded(member):
                     given = [tensor.clone() for tensor in call.of_member(fresh, i)]
-                    rows.append(run_member(index[i], weights.materialise(member), given))
+                    bound = weights.bind(index[i], weights.materialise(member), {})
+                    rows.append(run_member(index[i], key, bound, buffers, given))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
         outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
@@ -287,6 +336,14 @@ class Population:
         if copied and not weights.policy.writes_to_inputs and not torch.is_inference_mode_enabled():
             weights.policy.writes_to_inputs = any(tensor._version for tensor in inputs)
         return outputs
+
+    def _frozen(self, *perturbed: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameters that members have as they are: a record would hold on to those that it saw."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self._model.named_parameters()
+            if not any(name in names for names in perturbed)
+        }
 
     def _seeded(self, member: int) -> contextlib.AbstractContextManager[None]:
         """PyTorch's global generators as `member`, or all of them alike, find them."""
@@ -318,6 +375,11 @@ class _Call:
         """The tensors for one of the members of `inputs`."""
         return [tensor[index] for tensor in inputs] if self.per_member else inputs
 
+    @property
+    def signature(self) -> Hashable:
+        """What a result depends on besides tensors."""
+        return self.method, self.per_member, self._parts.signature
+
     def arguments(self, tensors: list[Tensor]) -> Any:
         """Positional and keyword arguments with these tensors in place."""
         return self._parts.rebuilt(tensors)
@@ -340,34 +402,39 @@ class _Outputs:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self._parts: Parts | None = None
+        self.parts: Parts | None = None
 
     def clear(self) -> None:
         """Forgets an attempt that failed."""
-        self._parts = None
+        self.parts = None
 
     def take_apart(self, result: Any) -> list[Tensor]:
         """The tensors of what one member, or all of them under `vmap`, returned."""
         self._accept(Parts(result))
-        assert self._parts is not None
-        return [formed(tensor, "the model's output") for tensor in self._parts.tensors]
+        assert self.parts is not None
+        return [formed(tensor, "the model's output") for tensor in self.parts.tensors]
+
+    def parts_alone(self) -> Parts:
+        """The rest."""
+        assert self.parts is not None
+        return self.parts.without_tensors()
 
     def append(self, other: "_Outputs") -> None:
         """Checks that those of another chunk go with these."""
-        assert other._parts is not None
-        self._accept(other._parts)
+        assert other.parts is not None
+        self._accept(other.parts)
 
     def tree(self, tensors: Sequence[Tensor] | None = None) -> Any:
         """The output of all members, with `tensors` in place of the chunk's own."""
-        assert self._parts is not None
-        return self._parts.rebuilt(self.tensors if tensors is None else tensors)
+        assert self.parts is not None
+        return self.parts.rebuilt(self.tensors if tensors is None else tensors)
 
     def _accept(self, parts: Parts) -> None:
-        if self._parts is not None and (difference := self._parts.difference(parts)):
+        if self.parts is not None and (difference := self.parts.difference(parts)):
             raise UnsupportedOperationError(
                 f"members return {difference}: only tensors may differ between members, return a tensor instead"
             )
-        self._parts = parts
+        self.parts = parts
 
 
 class _Collected:

@@ -16,6 +16,7 @@ from . import update
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
 from .choices import OPTIONS, choices_by_name
 from .chunking import Chunking, ChunkSize, chunk_ranges
+from .compiling import Compile
 from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
 from .memory import MemoryEstimate
@@ -74,6 +75,9 @@ class EGGROLLTrainer(Trainer):
             leaves it half taken.
         chunk_size: members that are evaluated at a time; all by default. ``"auto"`` measures the first members and
             takes as many as fit the device's free memory. Does not change the result.
+        compile: whether a population's forward pass is compiled: PyTorch's operations are recorded in the first call
+            of a kind, and `torch.compile` makes a program of them. True, or options of `torch.compile` by name:
+            ``{"backend": "eager"}`` runs the record as it is, and gives the numbers of a pass that is not compiled.
         nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
             ``"worst"`` finite member.
         randomness: what is random in the model, such as dropout, is ``"different"`` for each member or the ``"same"``
@@ -133,6 +137,7 @@ class EGGROLLTrainer(Trainer):
         optimizer: OptimizerFactory = torch.optim.SGD,
         fused: bool = False,
         chunk_size: ChunkSize = None,
+        compile: Compile = False,
         nonfinite: Nonfinite = "raise",
         randomness: Randomness = "different",
         snapshots: bool = True,
@@ -171,6 +176,7 @@ class EGGROLLTrainer(Trainer):
             device,
             seed,
             chunk_size,
+            compile,
             nonfinite,
             randomness,
             snapshots,

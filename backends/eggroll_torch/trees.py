@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import types
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,19 @@ class Parts:
         self._leaves, self._structure = _flatten(tree, ())
         self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self._leaves[place] for place in self._places]
+        for place in self._places:
+            self._leaves[place] = None
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for trees that differ in nothing but their tensors. What has no value to compare is itself."""
+        return tuple(map(_comparable, self._leaves)), tuple(self._places), self._structure.signature
+
+    def without_tensors(self) -> "Parts":
+        """The same, without holding on to its tensors."""
+        twin = copy.copy(self)
+        twin.tensors = []
+        return twin
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         """The tree with other tensors in place; objects are copies."""
@@ -56,6 +69,12 @@ class _Structure:
     containers: Any
     objects: list[tuple[Any, "_Structure"] | None]
     count: int
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for trees of the same containers, with objects of the same types in the same places."""
+        inside = (None if entry is None else (type(entry[0]), entry[1].signature) for entry in self.objects)
+        return self.containers, tuple(inside)
 
     def rebuilt(self, leaves: list[Any]) -> Any:
         values, start = [], 0
@@ -96,6 +115,25 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _comparable(leaf: Any) -> Hashable:
+    if isinstance(leaf, np.ndarray):
+        return str(leaf.dtype), leaf.shape, leaf.tobytes()
+    return (type(leaf), leaf) if isinstance(leaf, _DATA) else _Same(leaf)
+
+
+class _Same:
+    """Equal to what wraps the same object."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 def _described(parts: Parts) -> str:

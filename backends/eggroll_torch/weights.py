@@ -1,6 +1,6 @@
 """The weights of an EGGROLL population: low-rank noise carried along, dense noise added."""
 
-from typing import Any
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from eggroll.perturbation import LowRank
 
 from .autocast import without_autocast
-from .noise import NoiseSource
+from .noise import DrawnFactors, NoiseSource, StoredFactors
 from .perturbed import DenseWeight, Noise, PerturbedWeight, Policy
 
 __all__ = ["EggrollWeights"]
@@ -30,6 +30,11 @@ class EggrollWeights:
         self.randomness_key = randomness_key
         self.members_per_draw = source.members_per_draw
         self.numbers_in_a_draw = source.numbers_in_a_draw
+        self._low_rank = [parameter for parameter in source.parameters if parameter.kind == "low_rank"]
+
+    @property
+    def signature(self) -> Hashable:
+        return tuple((p.name, p.kind, p.kernel, p.rank, p.precision, p.rng) for p in self._low_rank)
 
     def prepare(self, members: range) -> None:
         self.source.chunk(members)
@@ -37,7 +42,7 @@ class EggrollWeights:
     def prepare_shared(self) -> None:
         self.source.draw_factors_of_all()
 
-    def batched(self, members: range) -> dict[str, Any]:
+    def batched(self, members: range) -> dict[str, Tensor]:
         chunk = self.source.chunk(members)
         return {
             parameter.name: self.source.dense(parameter, chunk)
@@ -45,26 +50,27 @@ class EggrollWeights:
             if parameter.kind == "dense"
         }
 
-    def bind(self, members: range, index: Tensor, mine: dict[str, Any]) -> dict[str, Tensor]:
+    def shared(self, members: range) -> dict[str, list[Tensor]]:
+        chunk = self.source.chunk(members)
+        scales: dict[float, Tensor] = {}
+        shared = {}
+        for parameter in self._low_rank:
+            factors, scale = self.source.factors(parameter, chunk), self.source.low_rank_scale(parameter)
+            if scale not in scales:
+                scales[scale] = chunk.signs * scale
+            noise = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
+            shared[parameter.name] = [parameter.parameter.detach(), scales[scale], *noise]
+        return shared
+
+    def bind(self, place: Tensor, mine: dict[str, Tensor], shared: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         bound: dict[str, Tensor] = {
             name: DenseWeight.make(weight, name, self.policy) for name, weight in mine.items()
         }
-        if len(bound) == len(self.source.parameters):  # one member, materialised
-            return bound
-        chunk = self.source.chunk(members)
-        place = index - members.start
-        for parameter in self.source.parameters:
-            if parameter.kind == "low_rank":
-                noise = Noise(
-                    self.source.factors(parameter, chunk),
-                    place,
-                    chunk.signs,
-                    self.source.low_rank_scale(parameter),
-                    parameter.name,
-                    self.policy,
-                    parameter.kernel,
-                )
-                bound[parameter.name] = PerturbedWeight.make(parameter.parameter.detach(), noise)
+        for parameter in self._low_rank if shared else ():
+            weight, scales, *noise = shared[parameter.name]
+            factors = StoredFactors(*noise) if len(noise) == 2 else DrawnFactors(noise[0], parameter)
+            carried = Noise(factors, place, scales, parameter.name, self.policy, parameter.kernel)
+            bound[parameter.name] = PerturbedWeight.make(weight, carried)
         return bound
 
     @torch.no_grad()
@@ -79,7 +85,7 @@ class EggrollWeights:
 
     @torch.no_grad()
     def member_factors(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """``signs * scale * A`` and ``B`` of one member, by the name of the parameter, float32."""
+        """``scale * A`` and ``B`` of one member, by the name of the parameter, float32."""
         chunk = self.source.chunk_with(member)
         index = member - chunk.members.start
         factors = {}

@@ -1,4 +1,4 @@
-"""Rows of a perturbed matrix: ``W[index] + signs * scale * A[index] @ B.T``."""
+"""Rows of a perturbed matrix: ``W[index] + scale * A[index] @ B.T``."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Products with a perturbed matrix, or with a stack of them: ``x @ W.T + signs * scale * (x @ B) @ A.T``."""
+"""Products with a perturbed matrix, or with a stack of them: ``x @ W.T + scale * (x @ B) @ A.T``."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
     noise = weight.noise
     if isinstance(noise.factors, DrawnFactors):
-        factors, rank = [noise.factors.keys], noise.factors.rank
-        precision, rng = noise.factors.precision, noise.factors.rng
+        factors, parameter = [noise.factors.keys], noise.factors.parameter
+        rank, precision, rng = parameter.rank, parameter.precision, parameter.rng
     else:
         factors, rank = [noise.A, noise.B], noise.A.shape[-1]
         precision, rng = "float32", "threefry"  # not used: the factors are there

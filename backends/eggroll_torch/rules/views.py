@@ -265,7 +265,7 @@ def _resolved(shape: Sequence[int], numel: int) -> list[int]:
 
 def _scaled(weight: PerturbedWeight, factor: Any) -> PerturbedWeight:
     noise = weight.noise
-    return PerturbedWeight.make(plain(weight) * factor, replace(noise, scale=noise.scale * float(factor)))
+    return PerturbedWeight.make(plain(weight) * factor, replace(noise, scales=noise.scales * factor))
 
 
 def _cast(weight: PerturbedWeight, cast: Callable[[Tensor], Tensor]) -> Any:
