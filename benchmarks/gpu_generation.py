@@ -37,6 +37,8 @@ RANKS = (1, 4, 16)
 SCALE = 0.01
 MLP_MEMBERS, MLP_WIDTH, MLP_ROWS = 65_536, 256, 16
 REPEATS = 21
+CUDA_GRAPH = {"mode": "reduce-overhead"}
+"""What the forward passes are compiled with, so that the host hands a GPU all of one at once."""
 FILES = "gpu_generation"
 FORWARDS = ("forward, drawn", "forward, Philox", "forward, stored")
 FULL_RANK_SHARE = 0.4
@@ -241,22 +243,27 @@ def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -
     signs[1::2] = -1
     draws = torch.arange(case.members // 2, dtype=torch.int32, device=device)
     terms = torch.randn(2, case.members // 2 * case.rank, case.width, device=device, dtype=torch.bfloat16)
-    trainer = EGGROLLTrainer(
-        model.parameters(),
-        model=model,
-        population_fitness_fn=lambda population: score(population(x, per_member=not case.shared).float()),
-        population_size=case.members,
-        rank=case.rank,
-        antithetic=True,
-        learning_rate=1e-6,
-        seed=0,
-        fused=True,
-        snapshots=False,
-    )
+
+    def trainer(compile: bool | dict = False) -> EGGROLLTrainer:
+        return EGGROLLTrainer(
+            model.parameters(),
+            model=model,
+            population_fitness_fn=lambda population: score(population(x, per_member=not case.shared).float()),
+            population_size=case.members,
+            rank=case.rank,
+            antithetic=True,
+            learning_rate=1e-6,
+            seed=0,
+            fused=True,
+            snapshots=False,
+            compile=compile,
+        )
+
     chosen: dict[str, Callable[[], object]] = {
         "pure inference": lambda: linear(rows, weight),
         "two products": lambda: (linear(rows, weight), torch.mm(terms[0].mT, terms[1])),
-        "generation": trainer.step,
+        "generation": trainer().step,
+        "generation, CUDA graph": trainer(CUDA_GRAPH).step,
     }
     if kernels.usable(rows):
         from eggroll_torch.kernels.linear import linear_of_members, linear_of_members_drawn
@@ -322,20 +329,24 @@ def _measure_mlp(device: torch.device) -> dict:
     def fitness(population):
         return torch.cat([-torch.vmap(loss, (0, None))(part(x), target) for part in population.chunks(8192)])
 
-    trainer = EGGROLLTrainer(
-        model.parameters(),
-        model=model,
-        population_fitness_fn=fitness,
-        population_size=MLP_MEMBERS,
-        antithetic=True,
-        chunk_size=8192,
-        learning_rate=1e-6,
-        seed=0,
-    )
+    def trainer(compile: bool | dict = False) -> EGGROLLTrainer:
+        return EGGROLLTrainer(
+            model.parameters(),
+            model=model,
+            population_fitness_fn=fitness,
+            population_size=MLP_MEMBERS,
+            antithetic=True,
+            chunk_size=8192,
+            learning_rate=1e-6,
+            seed=0,
+            compile=compile,
+        )
+
     rows = torch.randn(8192 * MLP_ROWS, MLP_WIDTH, device=device)
     found = {
         "pure inference": milliseconds(lambda: [model(rows) for _ in range(MLP_MEMBERS // 8192)], device, 5),
-        "generation": milliseconds(trainer.step, device, 5),
+        "generation": milliseconds(trainer().step, device, 5),
+        "generation, CUDA graph": milliseconds(trainer(CUDA_GRAPH).step, device, 5),
     }
     try:
         found["EvoX"] = milliseconds(evox_step(x, target), device, 5)
@@ -387,13 +398,13 @@ def table(report: dict) -> str:
         "the products alone, inference and update) over that of the method; more is better. In brackets: the share "
         "of the nearer ceiling, of products or of bytes. GPU busy is the time in which the GPU works; "
         "in the rest it waits for the host. A generation takes SGD's step where the direction is summed and keeps "
-        "no snapshots. Its memory is what it takes beyond model and inputs, in brackets what of it is no output, "
-        "relative to weights and activations.",
+        "no snapshots; CUDA graph is the same with a forward pass that is compiled so. Its memory is what it takes "
+        "beyond model and inputs, in brackets what of it is no output, relative to weights and activations.",
         "",
         "| d | members | rank | input | inference | "
         + "".join(f"{name} | ratio | " for name in FORWARDS)
-        + "generation | ratio | GPU busy | ratio | generation, MB | full-rank ES * |",
-        "|" + "---|" * (11 + 2 * len(FORWARDS)),
+        + "generation | ratio | CUDA graph | ratio | GPU busy | ratio | generation, MB | full-rank ES * |",
+        "|" + "---|" * (13 + 2 * len(FORWARDS)),
     ]
     layers = [case for name, case in report["cases"].items() if name != "mlp"]
     for case in sorted(layers, key=lambda c: (-c["width"], c["rank"], c["shared"], c["members"])):
@@ -422,6 +433,8 @@ def table(report: dict) -> str:
             *(text for n in FORWARDS for text in (cell(n), ratio(n, "pure inference"))),
             cell("generation"),
             ratio("generation", "two products"),
+            f"{t['generation, CUDA graph']:.3f}" if "generation, CUDA graph" in t else "-",
+            ratio("generation, CUDA graph", "two products"),
             f"{t['generation, GPU busy']:.3f}" if "generation, GPU busy" in t else "-",
             ratio("generation, GPU busy", "two products"),
             f"{taken / 1e6:.0f} ({100 * size.beyond(taken):.0f} %)",

@@ -10,6 +10,7 @@ timed on a share of the population and scaled up; the table says so.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -73,7 +74,7 @@ def measure(workload: Workload, device: torch.device, repeats: int) -> dict:
     model = workload.model().to(device)
     x, flat = workload.inputs(device), workload.flat_inputs(device)
 
-    def new_trainer() -> EGGROLLTrainer:
+    def new_trainer(compile: bool | dict = False) -> EGGROLLTrainer:
         return EGGROLLTrainer(
             model.parameters(),
             model=model,
@@ -84,9 +85,9 @@ def measure(workload: Workload, device: torch.device, repeats: int) -> dict:
             chunk_size="auto",
             learning_rate=1e-6,
             seed=0,
+            compile=compile,
         )
 
-    trainer = new_trainer()
     population = new_trainer().ask()  # of a generation that stays open: its noise is drawn once, unless it is large
 
     def forward() -> None:
@@ -96,7 +97,10 @@ def measure(workload: Workload, device: torch.device, repeats: int) -> dict:
         methods: dict[str, Callable[[], object]] = {
             "pure inference": lambda: model(flat),
             "forward": forward,
-            "generation": trainer.step,
+            "generation": new_trainer().step,
+            "recorded generation": new_trainer({"backend": "eager"}).step,
+            "compiled generation": new_trainer(True).step,
+            "compiled inference": functools.partial(torch.compile(model), flat),
         }
         times = in_turns(methods, repeats, device)
         for name, share, run in slow_methods(workload, model, x, population):
@@ -280,6 +284,16 @@ def table(report: dict) -> str:
             f"| {t['one member at a time']:.0f} | {t['full-rank ES']:.0f} |"
         )
     lines += ["", "\\* timed on a share of the population and scaled up; forward passes only for one at a time.", ""]
+    if report["workloads"]:
+        lines += [
+            'Generations with `compile`: recorded (`{"backend": "eager"}`), and compiled by Inductor (`True`); '
+            "the ratios are again those of pure inference as it is to a generation.",
+            "",
+            "| | compiled inference | generation | ratio | recorded | ratio | compiled | ratio |",
+            "|---|---|---|---|---|---|---|---|",
+            *map(compiled_row, report["workloads"]),
+            "",
+        ]
     for peer in report["peers"]:
         ours = next((row for row in report["workloads"] if row["name"] == peer["workload"]), None)
         if ours is None:
@@ -309,6 +323,14 @@ def table(report: dict) -> str:
             *(f"| {name} | {t[name]:.0f} | {memory[name]:.2f} |" for name in t),
         ]
     return "\n".join(lines) + "\n"
+
+
+def compiled_row(row: dict) -> str:
+    t = row["milliseconds"]
+    cells = [f"{t['compiled inference']:.0f}"]
+    for method in ("generation", "recorded generation", "compiled generation"):
+        cells += [f"{t[method]:.0f}", f"{t['pure inference'] / t[method]:.2f}"]
+    return f"| {row['name']} | " + " | ".join(cells) + " |"
 
 
 def plots(report: dict, out: Path) -> None:

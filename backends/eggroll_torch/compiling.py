@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .autocast import autocasts, without_autocast
 from .perturbed import Policy, UnsupportedOperationError
+from .trees import Same
 
 __all__ = ["Compile", "Compiler", "left_as_it_is", "state_of"]
 
@@ -94,6 +95,7 @@ class Compiler:
             raise
         except Exception as error:
             result = function(*arguments)  # what cannot be vectorised either is no matter of compiling
+            error = getattr(error, "inner_exception", error)  # what the compiler raised, without its advice
             self._give_up(key, policy, (str(error).splitlines() or [type(error).__name__])[0])
             return result, extra()
         if kind() == key[0]:
@@ -111,7 +113,10 @@ class Compiler:
             return function(*pytree.tree_unflatten(tensors, structure))
 
         # With tensors that have no values a read of one is an error, and not a constant in the record.
-        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        record = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
+        # A part of the model that is compiled itself is recorded as it is.
+        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            graph = record(*tensors)
         return _Record(torch.compile(graph, **self._options), extra())
 
     @staticmethod
@@ -143,15 +148,20 @@ def left_as_it_is(method: Callable[_Arguments, _Result]) -> Callable[_Arguments,
 
 
 def state_of(model: nn.Module) -> Hashable:
-    """What a record of a model depends on: its modules, and their flags, numbers, strings, functions and hooks."""
-    return tuple(
-        (name, type(module), *(item for item in vars(module).items() if _is_plain(item[1])), *_hooks(module))
-        for name, module in model.named_modules()
-    )
+    """What a record of a model depends on: its modules, and their flags, numbers, strings, functions and hooks.
+
+    Tensors, too, that are no buffers: those are in the record itself.
+    """
+    return tuple((name, type(module), _attributes(module), _hooks(module)) for name, module in model.named_modules())
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.Size)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
+
+
+def _attributes(module: nn.Module) -> Hashable:
+    tensors = [(name, Same(value)) for name, value in vars(module).items() if isinstance(value, Tensor)]
+    return *tensors, *(item for item in vars(module).items() if _is_plain(item[1]))
 
 
 def _is_plain(value: Any) -> bool:
@@ -160,7 +170,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (*_PLAIN, *_FUNCTIONS))
 
 
-def _hooks(module: nn.Module) -> Sequence[Hashable]:
+def _hooks(module: nn.Module) -> Hashable:
     return tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "Same"]
 
 _DATA = (int, float, complex, str, bytes, np.ndarray, np.generic, types.NoneType)
 _OPAQUE = (*_DATA, Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
@@ -120,17 +120,17 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 def _comparable(leaf: Any) -> Hashable:
     if isinstance(leaf, np.ndarray):
         return str(leaf.dtype), leaf.shape, leaf.tobytes()
-    return (type(leaf), leaf) if isinstance(leaf, _DATA) else _Same(leaf)
+    return (type(leaf), leaf) if isinstance(leaf, _DATA) else Same(leaf)
 
 
-class _Same:
-    """Equal to what wraps the same object."""
+class Same:
+    """Compares by what it is, whatever its own comparison does: equal to what wraps the same object."""
 
     def __init__(self, value: Any):
         self._value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._value is self._value
+        return isinstance(other, Same) and other._value is self._value
 
     def __hash__(self) -> int:
         return id(self._value)

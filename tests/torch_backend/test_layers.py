@@ -328,3 +328,24 @@ def test_no_matrix_is_formed_for_all_members(name: str, per_member: bool) -> Non
     population.weights.prepare(population.members)  # the noise of all parameters is one row for each draw
     with NoLargeTensor(members * smallest):
         population(x, per_member=per_member)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_gives_the_same(name: str) -> None:
+    """To the bit, in a generation whose weights and noise the record has not seen, and with another sigma."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.model(), [case.x(MEMBERS), case.x(MEMBERS)]
+    trainers = [trainer_of(model), trainer_of(model, compile={"backend": "eager"})]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MaterialisedWarning)
+        for x, sigma in zip(inputs, (0.3, 0.2), strict=True):
+            outputs = []
+            for trainer in trainers:
+                trainer.sigma = sigma
+                outputs.append(tensors_of(trainer.ask()(x, per_member=True)))
+                trainer.tell(torch.arange(float(MEMBERS)))
+            for mine, theirs in zip(*outputs, strict=True):
+                assert torch.equal(mine, theirs)
+    assert not any("compiled" in str(w.message) for w in caught)
+    assert len(trainers[1]._compiler._records) == 1

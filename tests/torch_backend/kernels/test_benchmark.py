@@ -29,6 +29,7 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
     import gpu_generation
 
     times = {"pure inference": 2.0, "two products": 3.0, "generation": 6.0, "generation, GPU busy": 4.0}
+    times["generation, CUDA graph"] = 5.0
     forwards = {
         "forward, drawn": 2.5,
         "forward, Philox": 2.4,
@@ -53,7 +54,7 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == len(cases)  # and the head, without the MLP
     assert "| 0.80 |" in table
-    assert "| 0.50 | 4.000 | 0.75 | 5 (46 %) | 99.0 (8) |" in table
+    assert "| 0.50 | 5.000 | 0.60 | 4.000 | 0.75 | 5 (46 %) | 99.0 (8) |" in table
     assert "1.20 at d = 1024, 1.20 at d = 4096, 1.20 at d = 8192" in table
     assert "EvoX 30.0 ms (15.0 times a generation here)" in table
     assert (tmp_path / "gpu_generation.png").stat().st_size > 10_000

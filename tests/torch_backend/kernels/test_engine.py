@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_backend.kernels.conftest import INTERPRETED
 
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import kernels, noise, update
@@ -154,6 +155,32 @@ def test_members_are_those_without_kernels(
         for with_kernels, plain in zip(found, states[-1], strict=True):
             for name, tensor in plain.items():
                 close(with_kernels[name], tensor, dtype)
+
+
+@pytest.mark.parametrize("way", WAYS[:2], ids=["on the fly", "stored"])
+def test_compiled_is_the_same_to_the_bit(way: Any, dtype: torch.dtype, device: torch.device):
+    """The kernels' operations are recorded as they are, for keys and signs of later generations, too."""
+    runs = []
+    with way():
+        for compile in (False, {"backend": "eager"}):
+            trainer = trainer_of(dtype, device, strict=True, compile=compile)
+            trainer.train(2, verbose=False)
+            runs.append([*trainer.fitness_history, *(p.detach().clone() for p in trainer.model.parameters())])
+        assert len(trainer._compiler._records) == 1
+    for mine, theirs in zip(*runs, strict=True):
+        assert mine == theirs if isinstance(mine, float) else torch.equal(mine, theirs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_run_with_cuda_graphs(chunk_size: int | None, device: torch.device):
+    runs = []
+    for compile in (False, {"mode": "reduce-overhead"}):
+        trainer = trainer_of(torch.float32, device, strict=True, chunk_size=chunk_size, compile=compile)
+        trainer.train(4, verbose=False)  # recorded, warmed up, captured, replayed
+        runs.append([p.detach().clone() for p in trainer.model.parameters()])
+    for mine, theirs in zip(*runs, strict=True):
+        close(mine, theirs, torch.float32)
 
 
 @rngs
