@@ -336,7 +336,7 @@ def test_compiled_gives_the_same(name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     model, inputs = case.model(), [case.x(MEMBERS), case.x(MEMBERS)]
-    trainers = [trainer_of(model), trainer_of(model, compile={"backend": "eager"})]
+    trainers = [trainer_of(copy.deepcopy(model)), trainer_of(model, compile={"backend": "eager"})]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MaterialisedWarning)
         for x, sigma in zip(inputs, (0.3, 0.2), strict=True):

@@ -35,38 +35,46 @@ _TRANSPOSED: dict[Any, int] = {
 
 def _convolution(function: Any, spatial: int) -> Any:
     def apply(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        if not _covers(input, weight, bias, spatial):
-            return NotImplemented
-        x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-        x, W, bias, A, B = autocast_operands(
-            x, plain(weight), bias, *weight.noise.of_member()
-        )  # A (out, rank), B (in / groups * kernel, rank)
-        rank = A.shape[1]
-        filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
-        base = function(x, W, bias, stride, padding, dilation, groups)
-        projected = function(x, filters, None, stride, padding, dilation, groups)  # (n, groups * rank, *out)
-        out = base + _mix(projected, A.reshape(groups, -1, rank))
-        return out if input.ndim == spatial + 2 else out.squeeze(0)
+        how = stride, padding, dilation, groups
+        return _applied(function, spatial, input, weight, bias, how, groups, transposed=False)
 
     return apply
 
 
 def _transposed_convolution(function: Any, spatial: int) -> Any:
     def apply(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
-        if not _covers(input, weight, bias, spatial):
-            return NotImplemented
-        x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-        x, W, bias, A, B = autocast_operands(
-            x, plain(weight), bias, *weight.noise.of_member()
-        )  # A (in, rank), B (out / groups * kernel, rank)
-        rank = A.shape[1]
-        filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
-        mixed = _mix(x, A.reshape(groups, -1, rank).mT)  # (n, groups * rank, *in)
-        base = function(x, W, bias, stride, padding, output_padding, groups, dilation)
-        out = base + function(mixed, filters, None, stride, padding, output_padding, groups, dilation)
-        return out if input.ndim == spatial + 2 else out.squeeze(0)
+        how = stride, padding, output_padding, groups, dilation
+        return _applied(function, spatial, input, weight, bias, how, groups, transposed=True)
 
     return apply
+
+
+def _applied(
+    function: Any,
+    spatial: int,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    how: tuple[Any, ...],
+    groups: int,
+    transposed: bool,
+) -> Any:
+    if not _covers(input, weight, bias, spatial):
+        return NotImplemented
+    x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
+    # A (channels of kernel[0], rank), B (the kernel's other axes, rank)
+    x, W, bias, A, B = autocast_operands(x, plain(weight), bias, *weight.noise.of_member())
+    rank = A.shape[1]
+    filters = B.mT.reshape(rank, *weight.shape[1:]).repeat(groups, *(1,) * (spatial + 1))
+    A = A.reshape(groups, -1, rank)
+
+    def convolved(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        return function(x, kernel, bias, *how)
+
+    out = convolved(x, W, bias) + (
+        convolved(_mix(x, A.mT), filters) if transposed else _mix(convolved(x, filters), A)
+    )
+    return out if input.ndim == spatial + 2 else out.squeeze(0)
 
 
 for _function, _spatial in _CONVOLUTIONS.items():
