@@ -5,33 +5,54 @@
 runs without the model's Python and without `vmap`.
 """
 
-import dataclasses
 import functools
 import inspect
-import types
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .autocast import autocasts, without_autocast
 from .perturbed import Policy, UnsupportedOperationError
-from .trees import Same
+from .swap import attributes_restored
 
-__all__ = ["Compile", "Compiler", "left_as_it_is", "state_of"]
+__all__ = ["Compile", "Compiler", "Function", "left_as_it_is"]
 
 Compile = bool | Mapping[str, Any]
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-# How often a record is made for a model whose own attributes change while it runs.
-_ATTEMPTS = 2
+# So many calls in a row of which none is of the kind of one before: there is nothing to gain.
+_NEW_IN_A_ROW = 64
+# Kinds of calls that are remembered, those that were used last.
+_REMEMBERED = 256
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Function:
+    """What is to be recorded.
+
+    Attributes:
+        run: returns tensors, given tensors in lists, tuples and dictionaries.
+        extra: what a run left behind besides its result, asked after it.
+        kind: what a run depends on besides tensors, and their shapes and dtypes.
+        model: whose attributes a run may set.
+    """
+
+    run: Callable[..., list[Tensor]]
+    extra: Callable[[], Any]
+    kind: Callable[[], Hashable]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
 class _Record:
     run: Callable[..., list[Tensor]]
     extra: Any
@@ -40,84 +61,97 @@ class _Record:
 class Compiler:
     """Runs functions of tensors from records, one for each kind of call.
 
+    The first call of a kind runs as it is, so that what a model keeps from it holds values. The second is recorded.
+
     Args:
         compile: False to run functions as they are; True, or the arguments of `torch.compile` by name.
 
     Raises:
-        TypeError, ValueError: of other types, and of names that `torch.compile` does not have.
+        TypeError, ValueError: of other types, and of what `torch.compile` does not know.
     """
 
     def __init__(self, compile: Compile):
         if not isinstance(compile, bool | Mapping):
             raise TypeError(f"`compile` must be a bool or options of torch.compile by name, got {compile!r}")
-        options = dict(compile) if isinstance(compile, Mapping) else {}
-        known = set(inspect.signature(torch.compile).parameters) - {"model"}
-        if unknown := options.keys() - known:
-            raise ValueError(f"`compile` may have the options {sorted(known)}, got {sorted(map(str, unknown))}")
         self.enabled = compile is not False
-        self._options = options
-        self._records: dict[Hashable, _Record] = {}
-        self._attempts: dict[Hashable, int] = {}
+        self._options = _checked_options(compile) if isinstance(compile, Mapping) else {}
+        self._records: OrderedDict[Hashable, _Record | None] = OrderedDict()
+        self._new_in_a_row = 0
+        self._gave_up: set[Hashable] = set()
 
-    def run(
-        self,
-        function: Callable[..., list[Tensor]],
-        arguments: Any,
-        kind: Callable[[], Hashable],
-        extra: Callable[[], Any],
-        policy: Policy,
-    ) -> tuple[list[Tensor], Any]:
-        """``function(*arguments)`` from a record, which is made the first time.
+    def run(self, function: Function, kind: Hashable, arguments: Any, policy: Policy) -> tuple[list[Tensor], Any]:
+        """``function.run(*arguments)``, from a record where there is one.
 
         Args:
-            function: of nothing but its arguments, for calls of one kind.
+            function: what to run.
+            kind: what `function.kind` returned before.
             arguments: tensors in lists, tuples and dictionaries.
-            kind: what the function depends on besides tensors, and their shapes and dtypes. Asked before and after
-                the function has run: if it differs it changes by itself, and cannot be recorded.
-            extra: what the function left behind besides its result, asked after it has run.
             policy: what to do if the function cannot be recorded or compiled.
 
         Returns:
-            The result and what `extra` returned when the record was made.
+            The result, and what `function.extra` returned when it was recorded.
         """
         tensors, structure = pytree.tree_flatten(arguments)
         device = tensors[0].device
-        key = (kind(), structure, _autocast(device), tuple(map(_meta, tensors)))
-        record = self._records.get(key)
-        if record is not None:
-            return self._replayed(record, tensors, device), record.extra
-        if self._attempts.get(key[1:], 0) >= _ATTEMPTS:
-            return function(*arguments), extra()
+        call = structure, _autocast(device), torch.is_inference_mode_enabled(), tuple(map(_meta, tensors))
+        key = kind, call
+        if call in self._gave_up or self._new_in_a_row >= _NEW_IN_A_ROW:
+            return function.run(*arguments), function.extra()
+        if key not in self._records:
+            return self._first(function, key, arguments, policy)
+        self._records.move_to_end(key)
+        record = self._records[key]
         try:
-            record = self._recorded(function, tensors, structure, extra)
+            if record is None:
+                record = self._recorded(function, kind, tensors, structure)
             result = self._replayed(record, tensors, device)
         except (UnsupportedOperationError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            result = function(*arguments)  # what cannot be vectorised either is no matter of compiling
+            result = function.run(*arguments)  # what cannot be vectorised either is no matter of compiling
+            self._gave_up.add(call)
+            del self._records[key]
             error = getattr(error, "inner_exception", error)  # what the compiler raised, without its advice
-            self._give_up(key, policy, (str(error).splitlines() or [type(error).__name__])[0])
-            return result, extra()
-        if kind() == key[0]:
-            self._records[key] = record
-        else:
-            self._attempts[key[1:]] = self._attempts.get(key[1:], 0) + 1
-            if self._attempts[key[1:]] == _ATTEMPTS:
-                self._give_up(key, policy, "attributes of its modules change while it runs")
+            _fall_back(policy, (str(error).splitlines() or [type(error).__name__])[0])
+            return result, function.extra()
+        self._records[key] = record
+        self._new_in_a_row = 0
         return result, record.extra
 
-    def _recorded(
-        self, function: Callable[..., list[Tensor]], tensors: list[Tensor], structure: Any, extra: Callable[[], Any]
-    ) -> _Record:
-        def flat(*tensors: Tensor) -> list[Tensor]:
-            return function(*pytree.tree_unflatten(tensors, structure))
+    def _first(self, function: Function, key: Hashable, arguments: Any, policy: Policy) -> tuple[list[Tensor], Any]:
+        result = function.run(*arguments), function.extra()
+        self._records[key] = None
+        if len(self._records) > _REMEMBERED:
+            self._records.popitem(last=False)
+        self._new_in_a_row += 1
+        if self._new_in_a_row == _NEW_IN_A_ROW:
+            _fall_back(
+                policy,
+                f"{_NEW_IN_A_ROW} calls in a row were each of another kind: shapes, arguments that are no tensors, "
+                "or attributes of modules change with every one",
+            )
+        return result
 
-        # With tensors that have no values a read of one is an error, and not a constant in the record.
-        record = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)
-        # A part of the model that is compiled itself is recorded as it is.
-        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-            graph = record(*tensors)
-        return _Record(torch.compile(graph, **self._options), extra())
+    def _recorded(self, function: Function, kind: Hashable, tensors: list[Tensor], structure: Any) -> _Record:
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            with _NothingReadOrSeeded():
+                return function.run(*pytree.tree_unflatten(tensors, structure))
+
+        # Tensors without values: what depends on them is an error, and not a constant in the record. Modules that are
+        # compiled themselves are recorded as they are.
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        generator = torch.default_generator.get_state()
+        with (
+            attributes_restored(function.model),
+            fakes,
+            torch._dynamo.config.patch(error_on_nested_fx_trace=False),
+        ):
+            graph = make_fx(flat)(*map(fakes.from_tensor, tensors))
+            if function.kind() != kind:
+                raise RuntimeError("attributes of its modules change while it runs")
+        if not torch.equal(generator, torch.default_generator.get_state()):
+            raise RuntimeError("it seeds PyTorch's generator")
+        return _Record(torch.compile(graph, **self._options), function.extra())
 
     @staticmethod
     def _replayed(record: _Record, tensors: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -125,12 +159,20 @@ class Compiler:
         with without_autocast(device):
             return record.run(*tensors)
 
-    def _give_up(self, key: Any, policy: Policy, reason: str) -> None:
-        self._attempts[key[1:]] = _ATTEMPTS
-        policy.fall_back(f"the model's forward pass cannot be compiled ({reason})", "it runs as it is")
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": {}, "_attempts": {}}
+        return {**self.__dict__, "_records": OrderedDict(), "_gave_up": set()}
+
+
+class _NothingReadOrSeeded(TorchDispatchMode):
+    """Refuses what a record could not repeat: a number that is read off a tensor, a draw from a generator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("it reads the value of a tensor")
+        if kwargs.get("generator") is not None or any(isinstance(arg, torch.Generator) for arg in args):
+            raise RuntimeError("it draws from a generator of its own")
+        return func(*args, **kwargs)
 
 
 def left_as_it_is(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -147,36 +189,26 @@ def left_as_it_is(method: Callable[_Arguments, _Result]) -> Callable[_Arguments,
     return call
 
 
-def state_of(model: nn.Module) -> Hashable:
-    """What a record of a model depends on: its modules, and their flags, numbers, strings, functions and hooks.
-
-    Tensors, too, that are no buffers: those are in the record itself.
-    """
-    return tuple((name, type(module), _attributes(module), _hooks(module)) for name, module in model.named_modules())
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.Size)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
-
-
-def _attributes(module: nn.Module) -> Hashable:
-    tensors = [(name, Same(value)) for name, value in vars(module).items() if isinstance(value, Tensor)]
-    return *tensors, *(item for item in vars(module).items() if _is_plain(item[1]))
+def _checked_options(compile: Mapping[str, Any]) -> dict[str, Any]:
+    options = dict(compile)
+    known = set(inspect.signature(torch.compile).parameters) - {"model"}
+    if unknown := options.keys() - known:
+        raise ValueError(f"`compile` may have the options {sorted(known)}, got {sorted(map(str, unknown))}")
+    try:
+        torch.compile(lambda: None, **options)
+    except Exception as error:
+        raise ValueError(f"`compile` must be options that torch.compile knows, got {options!r}: {error}") from None
+    return options
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, (*_PLAIN, *_FUNCTIONS))
-
-
-def _hooks(module: nn.Module) -> Hashable:
-    return tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+def _fall_back(policy: Policy, reason: str) -> None:
+    policy.fall_back(f"the model's forward pass cannot be compiled ({reason})", "it runs as it is")
 
 
 def _meta(tensor: Tensor) -> Hashable:
     strides = tensor.stride() if tensor.layout is torch.strided else None
-    return tensor.shape, strides, tensor.dtype, tensor.device
+    negated = tensor.is_conj(), tensor.is_neg()
+    return type(tensor), tensor.shape, strides, tensor.dtype, tensor.device, tensor.layout, negated
 
 
 def _autocast(device: torch.device) -> Hashable:

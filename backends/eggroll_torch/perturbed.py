@@ -189,7 +189,9 @@ class Weight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        return func(args[0].base, *args[1:], **kwargs) if func in _METADATA else cls.computed(func, args, kwargs)
+        if func in _METADATA:
+            return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        return cls.computed(func, args, kwargs)
 
     @classmethod
     def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -198,7 +200,9 @@ class Weight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        raise UnsupportedOperationError(f"{func} reads the values of a parameter where nothing puts them in")
+        # What does not ask `__torch_function__`, such as TorchScript.
+        args, kwargs = pytree.tree_map(lambda leaf: formed(leaf, str(func)), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class PerturbedWeight(Weight):

@@ -1,21 +1,22 @@
 """The members of one generation, called like the model that they are perturbations of."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from eggroll.config import as_int
 
 from .chunking import Chunking, chunk_ranges
-from .compiling import Compiler, left_as_it_is, state_of
+from .comparing import comparable
+from .compiling import Compiler, Function, left_as_it_is
 from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy, UnsupportedOperationError, formed
-from .swap import seeded, swapped
+from .swap import named_tensors, replaced, seeded, swapped
 from .trees import Parts
 
 __all__ = ["MemberWeights", "Population", "Randomness"]
@@ -251,6 +252,7 @@ class Population:
     @torch.no_grad()
     def _run(self, call: "_Call") -> Any:
         size = self._size(call)
+        call.kind = self._kind(call) if self._compiler.enabled else None
         collected: _Collected | None = None
         for members in chunk_ranges(self._members, size, self.weights.members_per_draw):
             outputs = self._run_chunk(call, members, self._compiler)
@@ -271,31 +273,31 @@ class Population:
         copied = weights.policy.writes_to_inputs is not False
         inputs = [tensor.clone() for tensor in inputs] if copied else inputs
         outputs = _Outputs()
-        caller = _Caller(self._model, call.method)
         index = torch.arange(members.start, members.stop, device=weights.device)
         key = weights.randomness_key.to(weights.device, non_blocking=True)
-        buffers = {f"model.{name}": buffer for name, buffer in self._model.named_buffers()}
+        names = named_tensors(self._model)
+        buffers = dict(self._model.named_buffers())
 
         def run_member(
             index: Tensor, key: Tensor, bound: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
         ) -> list[Tensor]:
             args, kwargs = call.arguments(inputs)
-            bound = {f"model.{name}": value for name, value in bound.items()}
-            bound |= {name: buffer.clone() for name, buffer in buffers.items()}
-            with MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, key):
-                return outputs.take_apart(functional_call(caller, bound, args, kwargs))
+            bound = bound | {name: buffer.clone() for name, buffer in buffers.items()}
+            randomness = MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, key)
+            with randomness, replaced(self._model, names, bound):
+                return outputs.take_apart(getattr(self._model, call.method)(*args, **kwargs))
 
         def run_all(
             index: Tensor,
             key: Tensor,
             mine: dict[str, Tensor],
             shared: dict[str, list[Tensor]],
-            frozen: dict[str, Tensor],
+            held: dict[str, Tensor],
             buffers: dict[str, Tensor],
             inputs: list[Tensor],
         ) -> list[Tensor]:
             def run(index: Tensor, place: Tensor, mine: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-                return run_member(index, key, frozen | weights.bind(place, mine, shared), buffers, inputs)
+                return run_member(index, key, held | weights.bind(place, mine, shared), buffers, inputs)
 
             in_dims = (0, 0, 0, 0 if call.per_member else None)
             place = torch.arange(len(index), device=index.device)
@@ -303,18 +305,14 @@ class Population:
 
         def run_vectorised() -> list[Tensor]:
             mine, shared = weights.batched(members), weights.shared(members)
-            frozen = self._frozen(mine, shared) if compiler.enabled else {}
-            arguments = (index, key, mine, shared, frozen, buffers, inputs)
             with self._seeded(members.start):
                 if not compiler.enabled:
-                    return run_all(*arguments)
-                tensors, outputs.parts = compiler.run(
-                    run_all,
-                    arguments,
-                    lambda: (state_of(self._model), weights.signature, self._randomness, call.signature),
-                    outputs.parts_alone,
-                    weights.policy,
-                )
+                    return run_all(index, key, mine, shared, {}, buffers, inputs)
+                # A record would hold on to the tensors that it saw in the model: they are handed to it.
+                held = {n: tensor for n, tensor in names.items() if n not in {*mine, *shared, *buffers}}
+                function = Function(run_all, outputs.parts_alone, functools.partial(self._kind, call), self._model)
+                arguments = (index, key, mine, shared, held, buffers, inputs)
+                tensors, outputs.parts = compiler.run(function, call.kind, arguments, weights.policy)
                 return tensors
 
         def run_one_by_one() -> list[Tensor]:
@@ -337,13 +335,9 @@ class Population:
             weights.policy.writes_to_inputs = any(tensor._version for tensor in inputs)
         return outputs
 
-    def _frozen(self, *perturbed: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameters that members have as they are: a record would hold on to those that it saw."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self._model.named_parameters()
-            if not any(name in names for names in perturbed)
-        }
+    def _kind(self, call: "_Call") -> Hashable:
+        """What the result of a call depends on besides tensors."""
+        return comparable((self._model, call.method)), self.weights.signature, self._randomness, call.signature
 
     def _seeded(self, member: int) -> contextlib.AbstractContextManager[None]:
         """PyTorch's global generators as `member`, or all of them alike, find them."""
@@ -353,6 +347,9 @@ class Population:
 
 class _Call:
     """A call of the model taken apart into tensors, which are shared or over members, and the rest."""
+
+    kind: Hashable = None
+    """What the result depends on besides tensors, if that was asked for."""
 
     def __init__(self, method: str, args: Any, kwargs: Any, per_member: bool, members: int):
         self.method = method
@@ -377,24 +374,12 @@ class _Call:
 
     @property
     def signature(self) -> Hashable:
-        """What a result depends on besides tensors."""
+        """What is the same in calls that differ in nothing but tensors."""
         return self.method, self.per_member, self._parts.signature
 
     def arguments(self, tensors: list[Tensor]) -> Any:
         """Positional and keyword arguments with these tensors in place."""
         return self._parts.rebuilt(tensors)
-
-
-class _Caller(nn.Module):
-    """A method of the model as a module's forward, which is all that `functional_call` calls."""
-
-    def __init__(self, model: nn.Module, method: str):
-        super().__init__()
-        self.model = model
-        self.method = method
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.model, self.method)(*args, **kwargs)
 
 
 class _Outputs:

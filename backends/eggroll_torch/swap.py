@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eggroll import prng
 
-__all__ = ["restored", "seeded", "swapped", "uninterrupted"]
+__all__ = ["attributes_restored", "named_tensors", "replaced", "restored", "seeded", "swapped", "uninterrupted"]
 
 
 @contextlib.contextmanager
@@ -64,6 +64,62 @@ def restored(model: nn.Module) -> Iterator[None]:
             # An interrupt may have come before it was held back; restoring twice does no harm.
             restore()
             raise
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What tensors a model's modules hold, each by its first name: parameters, buffers, and plain attributes."""
+    found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    seen = {id(tensor) for tensor in found.values()}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                found[f"{prefix}.{name}" if prefix else name] = value
+    return found
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, names: dict[str, Tensor], tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Other tensors in the places of a model's own, wherever its modules hold these.
+
+    Not `torch.func.functional_call`, which leaves its tensors in a module that has two names.
+
+    Args:
+        model: the model.
+        names: its tensors, see `named_tensors`.
+        tensors: others for some of them, of any kind.
+    """
+    others = {id(names[name]): other for name, other in tensors.items()}
+    undo = []
+    try:
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            for table in tables:
+                for name, value in list(table.items()):
+                    if isinstance(value, Tensor) and id(value) in others:
+                        undo.append((table, name, value))
+                        table[name] = others[id(value)]
+        yield
+    finally:
+        for table, name, value in undo:
+            table[name] = value
+
+
+@contextlib.contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """On the way out the attributes of the model's modules are again what they were, whatever the body set."""
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for table in (module._parameters, module._buffers, vars(module))
+    ]
+    try:
+        yield
+    finally:
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
 
 
 @contextlib.contextmanager

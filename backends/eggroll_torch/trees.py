@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Parts", "Same"]
+from .comparing import comparable
+
+__all__ = ["Parts"]
 
 _DATA = (int, float, complex, str, bytes, np.ndarray, np.generic, types.NoneType)
 _OPAQUE = (*_DATA, Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
@@ -35,8 +37,8 @@ class Parts:
 
     @property
     def signature(self) -> Hashable:
-        """Equal for trees that differ in nothing but their tensors. What has no value to compare is itself."""
-        return tuple(map(_comparable, self._leaves)), tuple(self._places), self._structure.signature
+        """Equal for trees that differ in nothing but their tensors, see `comparable`."""
+        return comparable(self._leaves), tuple(self._places), self._structure.signature
 
     def without_tensors(self) -> "Parts":
         """The same, without holding on to its tensors."""
@@ -115,25 +117,6 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return dict(vars(value)) if hasattr(value, "__dict__") else None
-
-
-def _comparable(leaf: Any) -> Hashable:
-    if isinstance(leaf, np.ndarray):
-        return str(leaf.dtype), leaf.shape, leaf.tobytes()
-    return (type(leaf), leaf) if isinstance(leaf, _DATA) else Same(leaf)
-
-
-class Same:
-    """Compares by what it is, whatever its own comparison does: equal to what wraps the same object."""
-
-    def __init__(self, value: Any):
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other._value is self._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
 
 
 def _described(parts: Parts) -> str:

@@ -4,16 +4,21 @@ That every kind of layer gives the same compiled is in `test_layers`.
 """
 
 import copy
+import functools
 import pickle
 import random
+import types
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch_backend.support import assert_close, assert_identical, assert_same_run, make_trainer, mlp, run_state
 
@@ -62,7 +67,10 @@ def inputs(*shape: int) -> Tensor:
 
 
 def run(trainer: Any, generations: int = 3, x: Tensor | None = None, **call: Any) -> list[Tensor]:
-    """The outputs of some generations that are scored by what the model returns."""
+    """The outputs of some generations that are scored by what the model returns.
+
+    The first runs as it is, the second is recorded, the third runs from the record.
+    """
     outputs = []
     for _ in range(generations):
         outputs.append(trainer.ask()(inputs() if x is None else x, **call))
@@ -122,18 +130,67 @@ def test_chunks(records: list[int], per_member: bool):
 def test_parts_of_a_population(records: list[int]):
     trainer = trainer_of()
     population = trainer.ask()
-    parts = torch.cat([part(inputs()) for part in population.chunks(4)])
-    assert_close(parts, trainer_of(compile=False).ask()(inputs()), 1e-6)
+    for _ in range(2):
+        parts = torch.cat([part(inputs()) for part in population.chunks(4)])
+        assert_close(parts, trainer_of(compile=False).ask()(inputs()), 1e-6)
     assert len(records) == 1
 
 
-CHANGES: dict[str, Callable[[Model], object]] = {
+class Mode(Enum):
+    PLUS = 1
+    MINUS = -1
+
+
+class Options:
+    """Options as libraries have them, in an object."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+        self.scaling = {"default": 1.0}
+
+
+class Configured(Model):
+    """Does what attributes of all kinds say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = Options()
+        self.mode = Mode.PLUS
+        self.powers = [1]
+        self.where = slice(0, 5)
+        self.scalar: Any = np.float32(1)
+        self.array = np.ones(2, np.float32)
+        self.partial = functools.partial(torch.mul, other=1.0)
+        self.hidden = [nn.Dropout(0.9).eval()]  # not registered
+        self.both = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]).requires_grad_(False)
+        self.active = self.both[0]
+        self.whole: Any = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)[..., self.where, :] * self.mode.value + self.options.shift
+        y = self.partial(y * self.options.scaling["default"]) ** self.powers[0] * float(self.scalar)
+        y = self.active(self.hidden[0](y)) * torch.from_numpy(self.array)
+        return y * self.whole + (torch.ones(2, dtype=torch.int64) * self.whole).dtype.is_floating_point
+
+
+CHANGES: dict[str, Callable[[Configured], object]] = {
     "mode": lambda model: model.dropout.train(),
     "number": lambda model: setattr(model, "factor", 3.0),
+    "type of a number": lambda model: setattr(model, "whole", 1),
     "function": lambda model: setattr(model, "activation", torch.relu),
+    "partial": lambda model: setattr(model, "partial", functools.partial(torch.mul, other=2.0)),
+    "method": lambda model: setattr(model.norm, "forward", types.MethodType(lambda self, x: x * 2, model.norm)),
     "module": lambda model: setattr(model, "dropout", nn.Hardtanh(-0.1, 0.1)),
-    "plain tensor": lambda model: setattr(model, "table", torch.full((2,), 5.0)),
+    "another name of a module": lambda model: setattr(model, "active", model.both[1]),
+    "module in a list": lambda model: model.hidden[0].train(),
     "hook": lambda model: model.first.register_forward_hook(lambda module, args, output: output * 2),
+    "object": lambda model: setattr(model.options, "shift", 2.0),
+    "dictionary in an object": lambda model: model.options.scaling.update(default=2.0),
+    "enumeration": lambda model: setattr(model, "mode", Mode.MINUS),
+    "list": lambda model: model.powers.__setitem__(0, 2),
+    "slice": lambda model: setattr(model, "where", slice(1, 5)),
+    "number of NumPy": lambda model: setattr(model, "scalar", np.float32(3)),
+    "array": lambda model: setattr(model, "array", np.full(2, 3, np.float32)),
 }
 
 
@@ -141,10 +198,11 @@ CHANGES: dict[str, Callable[[Model], object]] = {
 def test_what_modules_are_is_recorded_anew(records: list[int], what: str):
     outputs = []
     for compile in (RECORD, False):
-        trainer = trainer_of(compile=compile)
-        before = run(trainer, 1)
+        torch.manual_seed(1)
+        trainer = trainer_of(Configured(), compile=compile)
+        before = run(trainer)
         CHANGES[what](trainer.model)
-        outputs.append(run(trainer, 2))
+        outputs.append(run(trainer))
         assert not torch.equal(outputs[-1][0], before[0])
     assert_identical(*outputs)
     assert len(records) == 2
@@ -157,6 +215,7 @@ VALUES: dict[str, Callable[[Model], object]] = {
     "another frozen parameter": lambda model: setattr(model.frozen, "bias", nn.Parameter(torch.ones(4), False)),
     "trained parameter": lambda model: model.first.weight.data.mul_(-1),
     "storage of a trained parameter": lambda model: setattr(model.last.bias, "data", torch.ones(2)),
+    "plain tensor": lambda model: setattr(model, "table", torch.full((2,), 5.0)),
     "plain tensor, in place": lambda model: model.table.mul_(2),
     "running statistics": lambda model: model.norm.running_mean.add_(1),
 }
@@ -167,7 +226,7 @@ def test_values_of_tensors_are_not_recorded(records: list[int], what: str):
     outputs = []
     for compile in (RECORD, False):
         trainer = trainer_of(compile=compile)
-        before = run(trainer, 1)
+        before = run(trainer)
         with torch.no_grad():
             VALUES[what](trainer.model)
         outputs.append(run(trainer, 2))
@@ -181,11 +240,11 @@ def test_options_of_a_group(records: list[int]):
     for compile in (RECORD, False):
         model = mlp(3, 4, 2)
         trainer = trainer_of(model, compile=compile, params=[{"params": list(model.parameters()), "rank": 1}])
-        run(trainer, 1)
+        run(trainer)
         trainer.param_groups[0]["rank"] = 2
-        outputs.append(run(trainer, 1))
+        outputs.append(run(trainer))
         trainer.param_groups[0]["noise"] = "dense"
-        outputs[-1] += run(trainer, 1)
+        outputs[-1] += run(trainer)
     assert_identical(*outputs)
     assert len(records) == 3
 
@@ -212,7 +271,7 @@ def test_arguments_and_methods(records: list[int]):
     plain.model.load_state_dict(trainer.model.state_dict())
     population, expected = trainer.ask(), plain.ask()
     x, keep = inputs(), {"keep": torch.tensor([1.0, 0.0])}
-    for _ in range(2):
+    for _ in range(3):
         assert_identical(population(x), expected(x))
         assert_identical(population(x, power=2), expected(x, power=2))
         assert_identical(population(x, 2), expected(x, 2))
@@ -236,10 +295,14 @@ def test_arguments_without_a_value_to_compare(records: list[int]):
     population, config, other = trainer.ask(), Config(), Config()
     other.power = 3
     first = population(inputs(), config)
-    assert_identical(population(inputs(), config), first)
-    assert_close(population(inputs(), other), first.abs().sqrt() * first, 10.0)
-    assert not torch.equal(population(inputs(), other), first)
+    second = population(inputs(), other)
+    assert not torch.equal(first, second)
+    for _ in range(2):
+        assert_identical(population(inputs(), config), first)
+        assert_identical(population(inputs(), other), second)
     assert len(records) == 2
+    config.power = 3
+    assert_identical(population(inputs(), config), second)
 
 
 def test_what_writes_to_its_inputs(records: list[int]):
@@ -285,20 +348,22 @@ def test_autocast(records: list[int]):
     outputs = []
     for compile in (RECORD, False):
         trainer = trainer_of(compile=compile)
-        outputs.append(run(trainer, 1))
+        outputs.append(run(trainer))
         with torch.autocast("cpu", torch.bfloat16):
-            outputs[-1] += run(trainer, 2)
-        outputs[-1] += run(trainer, 1)
+            outputs[-1] += run(trainer)
+        outputs[-1] += run(trainer)
     assert_identical(*outputs)
-    assert [out.dtype for out in outputs[0]] == [torch.float32, torch.float32, torch.float32, torch.float32]
-    assert not torch.equal(outputs[0][1], outputs[0][0])
     assert len(records) == 2
 
 
 def test_inference_mode():
+    population = trainer_of().ask()
+    expected = trainer_of(compile=False).ask()(inputs())
     with torch.inference_mode():
-        out = trainer_of().ask()(inputs())
-    assert_identical(out.clone(), trainer_of(compile=False).ask()(inputs()))
+        outputs = [population(inputs()) for _ in range(3)]
+    outputs += [population(inputs()) for _ in range(3)]
+    for out in outputs:
+        assert_identical(out.clone(), expected)
 
 
 def test_a_model_that_counts_its_calls_runs_as_it_is(records: list[int]):
@@ -314,12 +379,22 @@ def test_a_model_that_counts_its_calls_runs_as_it_is(records: list[int]):
 
     trainer, plain = trainer_of(Counts(), strict=False), trainer_of(Counts(), compile=False)
     plain.model.load_state_dict(trainer.model.state_dict())
-    with pytest.warns(MaterialisedWarning, match="cannot be compiled .attributes of its modules change") as caught:
-        compiled = run(trainer, 5)
-    assert_identical(compiled, run(plain, 5))
+    with pytest.warns(MaterialisedWarning, match="64 calls in a row were each of another kind") as caught:
+        compiled = run(trainer, 70)
+    assert_identical(compiled, run(plain, 70))
     assert len(caught) == 1
+    assert not records
     with pytest.raises(UnsupportedOperationError, match=r"cannot be compiled.*strict=True"):
-        run(trainer_of(Counts(), strict=True), 5)
+        run(trainer_of(Counts(), strict=True), 70)
+
+
+def test_calls_of_many_kinds(records: list[int]):
+    trainer = trainer_of(ByArgument())
+    population = trainer.ask()
+    for _ in range(3):
+        for power in range(60):
+            population(inputs(), power)
+    assert len(records) == 60
 
 
 def test_a_model_that_fills_a_cache_once_is_compiled(records: list[int]):
@@ -327,14 +402,34 @@ def test_a_model_that_fills_a_cache_once_is_compiled(records: list[int]):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 2)
-            self.length: int | None = None
+            self.mask: Tensor | None = None
+            self.register_buffer("late", None)
+            self.by_length: dict[int, Tensor] = {}
+
+        @staticmethod
+        @functools.cache
+        def ones(length: int) -> Tensor:
+            return torch.ones(length, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            self.length = len(x)
-            return self.layer(x) / self.length
+            if self.mask is None:
+                self.mask = torch.tril(torch.ones(len(x), len(x)))
+            if self.late is None:
+                self.late = torch.ones(2)
+            if len(x) not in self.by_length:
+                self.by_length[len(x)] = torch.full((len(x), 1), 2.0)
+            return self.mask @ self.layer(x) * self.by_length[len(x)] * self.ones(len(x)) + self.late
 
-    run(trainer_of(Caches()), 4)
-    assert len(records) == 2
+    trainers = []
+    for compile in (RECORD, False):
+        torch.manual_seed(0)
+        trainers.append(trainer_of(Caches(), compile=compile))
+    assert_identical(*(run(trainer, 5) for trainer in trainers))
+    model: Any = trainers[0].model
+    for tensor in (model.mask, model.late, *model.by_length.values(), Caches.ones(5), model(inputs())):
+        assert isinstance(tensor, Tensor)
+        assert not isinstance(tensor, FakeTensor)
+    assert len(records) == 1
 
 
 class ReadsValues(nn.Module):
@@ -357,6 +452,8 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "equal": lambda lengths: 2 if torch.equal(lengths, torch.tensor([1, 1])) else 3,
     "nonzero": lambda lengths: len(lengths.nonzero()),
     "mask": lambda lengths: lengths[lengths > 1].sum(),
+    "type": lambda lengths: 2 if isinstance(lengths.max().item(), int) else 3,
+    "string": lambda lengths: {"2": 5}.get(str(lengths[0].item()), 7),
 }
 
 
@@ -367,14 +464,67 @@ def test_a_value_that_is_read_is_not_taken_for_a_constant(how: str):
     plain.model.load_state_dict(compiled.model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MaterialisedWarning)
-        for lengths in ([1, 1], [2, 1], [0, 5]):
-            given = torch.tensor(lengths)
-            assert_identical(compiled.ask()(inputs(), given), plain.ask()(inputs(), given))
+        for _ in range(3):
+            for lengths in ([1, 1], [2, 1], [0, 5]):
+                given = torch.tensor(lengths)
+                assert_identical(compiled.ask()(inputs(), given), plain.ask()(inputs(), given))
+
+
+@pytest.mark.parametrize("how", READS)
+def test_nor_is_one_that_a_module_holds(how: str):
+    class Holds(ReadsValues):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return {"out": super().forward(x, self.lengths), "read": self.read(self.lengths)}
+
+    outputs = []
+    for compile in (RECORD, False):
+        torch.manual_seed(0)
+        trainer = trainer_of(Holds(READS[how]), compile=compile, strict=False)
+        trainer.model.lengths = torch.tensor([1, 1])
+        outputs.append([])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MaterialisedWarning)
+            for _ in range(3):
+                outputs[-1].append(trainer.ask()(inputs()))
+            trainer.model.lengths[0] = 2
+            for _ in range(3):
+                outputs[-1].append(trainer.ask()(inputs()))
+    assert_identical(*outputs)
+
+
+DRAWS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "generator made on the spot": lambda model: torch.rand(2, generator=torch.Generator().manual_seed(3)),
+    "generator of the module": lambda model: torch.randn(2, generator=model.generator.manual_seed(3)),
+    "global generator": lambda model: torch.manual_seed(0) and torch.poisson(torch.full((2,), 4.0)),
+}
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_a_model_that_seeds_is_not_recorded(how: str):
+    class Seeds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.generator = torch.Generator()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + DRAWS[how](self)
+
+    outputs = []
+    for compile in (RECORD, False):
+        torch.manual_seed(0)
+        trainer = trainer_of(Seeds(), compile=compile, strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MaterialisedWarning)
+            outputs.append(run(trainer, 4))
+    assert_identical(*outputs)
 
 
 def test_reading_says_so():
+    population, lengths = trainer_of(ReadsValues(READS["item"]), strict=False).ask(), torch.tensor([1, 2])
+    population(inputs(), lengths)
     with pytest.warns(MaterialisedWarning, match="forward pass cannot be compiled"):
-        trainer_of(ReadsValues(READS["if"]), strict=False).ask()(inputs(), torch.tensor([1, 2]))
+        population(inputs(), lengths)
 
 
 def test_a_model_that_cannot_be_vectorised_says_that_alone():
@@ -420,8 +570,8 @@ def test_python_does_not_run_again():
             calls.append(random.random())
             return self.layer(x)
 
-    run(trainer_of(Notes()), 4)
-    assert len(calls) == 1
+    run(trainer_of(Notes()), 5)
+    assert len(calls) == 2
 
 
 def test_full_rank():
@@ -461,7 +611,10 @@ def test_saved_copied_and_loaded():
 
 def test_automatic_chunks_are_measured_without_records(records: list[int]):
     trainer = trainer_of(chunk_size="auto")
-    assert_close(trainer.ask()(inputs()), trainer_of(compile=False).ask()(inputs()), 1e-6)
+    expected = trainer_of(compile=False).ask()(inputs())
+    assert_close(trainer.ask()(inputs()), expected, 1e-6)
+    assert not records
+    assert_close(trainer.ask()(inputs()), expected, 1e-6)
     assert len(records) == 1
 
 
@@ -479,7 +632,7 @@ def test_a_compiler_that_fails():
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no such machine")
 
-    with pytest.warns(MaterialisedWarning, match="cannot be compiled .*no such machine.*it runs as it is"):
+    with pytest.warns(MaterialisedWarning, match="cannot be compiled .no such machine.: it runs as it is"):
         out = run(trainer_of(compile={"backend": broken}, strict=False))
     assert_identical(out, run(trainer_of(compile=False)))
 
@@ -517,6 +670,8 @@ def test_a_compiled_model(records: list[int]):
             ValueError,
             r"`compile` may have the options \[.*'mode'.*\], got \['fast'\]",
         ),
+        ({"backend": "nope"}, ValueError, r"`compile` must be options that torch.compile knows, got .*'nope'"),
+        ({"mode": "nope"}, ValueError, r"`compile` must be options that torch.compile knows, got .*'nope'"),
         ({"model": None}, ValueError, r"`compile` may have the options .*, got \['model'\]"),
     ],
 )

@@ -313,3 +313,40 @@ def test_a_score_that_is_computed_elsewhere_says_nothing_about_the_parameters() 
     before = model.spare.weight.detach().clone()
     make_trainer(model, population_size=MEMBERS, fitness_fn=lambda model: float(torch.rand(()))).step()
     assert not torch.equal(model.spare.weight, before)
+
+
+@torch.jit.script
+def scripted_gelu(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x * weight.sum())
+
+
+UNSEEN: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "script, vector": lambda m, x: scripted_gelu(x @ m.weight.T, m.bias),
+    "script, matrix": lambda m, x: scripted_gelu(x @ m.weight.T, m.weight) + m.bias,
+    "torch.tensor": lambda m, x: x @ m.weight.T + torch.tensor(m.bias),
+    "torch.tensor of a matrix": lambda m, x: x @ torch.tensor(m.weight).T + m.bias,
+    "new_tensor": lambda m, x: x @ m.weight.T + x.new_tensor(m.bias),
+    "vmap": lambda m, x: torch.vmap(lambda row: row * 2)(m.weight)[:, 0] + m.bias + x[:, :4],
+    "grad": lambda m, x: torch.func.grad(lambda w: (w**2).sum())(m.weight)[:, 0] + m.bias + x[:, :4],
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("noise", ["low_rank", "dense"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_does_not_ask_a_weight_gets_its_values(name: str, noise: str) -> None:
+    trainer = make_trainer(Model(UNSEEN[name]), population_size=MEMBERS, noise={"weight": noise}, sigma=0.3)
+    population = trainer.ask()
+    outputs = population(X)
+    for i in range(MEMBERS):
+        assert_close(outputs[i], alone(population, i, X), 1e-6, of=outputs)
+    trainer.tell(torch.randn(MEMBERS))  # both parameters count as used
+
+
+def test_questions_by_keyword() -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        assert torch.numel(input=m.weight) == 24
+        assert torch.is_floating_point(input=m.bias)
+        return F.linear(x, m.weight, m.bias)
+
+    make_trainer(Model(forward), population_size=MEMBERS, strict=True).ask()(X)

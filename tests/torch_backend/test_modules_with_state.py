@@ -186,3 +186,33 @@ def test_what_members_change_in_place_is_their_own(name: str, chunk_size: int | 
         alone.load_state_dict(population.state_dict(i))
         with torch.no_grad():
             assert_close(output, alone(x.clone()), 1e-5)
+
+
+class TwoNames(nn.Module):
+    """Modules under two names: a trained one, a frozen one, and one with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Linear(6, 6)
+        self.frozen = self.frozen_again = nn.Linear(6, 6).requires_grad_(False)
+        self.norm = self.norm_again = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_again(self.norm(self.again(torch.tanh(self.first(x)))))
+        return self.frozen_again(self.frozen(x))
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}])
+def test_a_module_under_two_names_is_left_as_it_was(compile: Any) -> None:
+    model = TwoNames()
+    trainer = make_trainer(
+        model, params=[p for p in model.parameters() if p.requires_grad], population_size=MEMBERS, compile=compile
+    )
+    held = [*model.parameters(), *model.buffers()]
+    for _ in range(4):
+        outputs = trainer.ask()(torch.ones(5, 6).cumsum(0))
+        with trainer.ask().member(3) as member, torch.no_grad():
+            assert_close(outputs[3], member(torch.ones(5, 6).cumsum(0)), 1e-4, of=outputs)
+        trainer.tell(torch.randn(MEMBERS))
+    for now, before in zip([*model.parameters(), *model.buffers()], held, strict=True):
+        assert now is before
