@@ -179,8 +179,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> tuple[float, int]:
     """The median time of a run, and the bytes that it takes beyond what is there before."""
-    run()  # compiles, and tries configurations
-    run()
+    for _ in range(4):  # compiles, tries configurations, records and captures
+        run()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -93,7 +93,7 @@ class Compiler:
         """
         tensors, structure = pytree.tree_flatten(arguments)
         device = tensors[0].device
-        call = structure, _autocast(device), torch.is_inference_mode_enabled(), tuple(map(_meta, tensors))
+        call = structure, _surroundings(device), tuple(map(_meta, tensors))
         key = kind, call
         if call in self._gave_up or self._new_in_a_row >= _NEW_IN_A_ROW:
             return function.run(*arguments), function.extra()
@@ -211,5 +211,7 @@ def _meta(tensor: Tensor) -> Hashable:
     return type(tensor), tensor.shape, strides, tensor.dtype, tensor.device, tensor.layout, negated
 
 
-def _autocast(device: torch.device) -> Hashable:
-    return torch.get_autocast_dtype(device.type) if autocasts(device) else None
+def _surroundings(device: torch.device) -> Hashable:
+    """What PyTorch is set to, as far as it decides what is computed."""
+    autocast = torch.get_autocast_dtype(device.type) if autocasts(device) else None
+    return autocast, torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.get_default_device()

@@ -78,6 +78,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+_LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+
+
 @contextlib.contextmanager
 def replaced(model: nn.Module, names: dict[str, Tensor], tensors: dict[str, Tensor]) -> Iterator[None]:
     """Other tensors in the places of a model's own, wherever its modules hold these.
@@ -90,10 +93,13 @@ def replaced(model: nn.Module, names: dict[str, Tensor], tensors: dict[str, Tens
         tensors: others for some of them, of any kind.
     """
     others = {id(names[name]): other for name, other in tensors.items()}
-    undo = []
+    undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for module in model.modules():
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            attributes = vars(module)
+            if isinstance(module, nn.RNNBase):  # which makes lists of its weights when it sees others
+                undo += [(attributes, name, attributes[name]) for name in _LISTS_OF_WEIGHTS if name in attributes]
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, attributes)
             for table in tables:
                 for name, value in list(table.items()):
                     if isinstance(value, Tensor) and id(value) in others:

@@ -75,9 +75,10 @@ class EGGROLLTrainer(Trainer):
             leaves it half taken.
         chunk_size: members that are evaluated at a time; all by default. ``"auto"`` measures the first members and
             takes as many as fit the device's free memory. Does not change the result.
-        compile: whether a population's forward pass is compiled: PyTorch's operations are recorded in the first call
+        compile: whether a population's forward pass is compiled: PyTorch's operations are recorded in the second call
             of a kind, and `torch.compile` makes a program of them. True, or options of `torch.compile` by name:
             ``{"backend": "eager"}`` runs the record as it is, and gives the numbers of a pass that is not compiled.
+            Python in the model does not run again.
         nonfinite: ``"raise"`` an error that names the members whose fitness is NaN or infinite, or score them as the
             ``"worst"`` finite member.
         randomness: what is random in the model, such as dropout, is ``"different"`` for each member or the ``"same"``

@@ -47,8 +47,8 @@ class Parts:
         return twin
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
-        """The tree with other tensors in place; objects are copies."""
-        leaves = list(self._leaves)
+        """The tree with other tensors in place; objects and arrays are copies."""
+        leaves = [leaf.copy() if isinstance(leaf, np.ndarray) else leaf for leaf in self._leaves]
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
         return self._structure.rebuilt(leaves)

@@ -8,6 +8,7 @@ from torch_backend.support import assert_close, assert_same_run, make_trainer, m
 
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import chunking, noise
+from eggroll_torch.compiling import Compiler
 from eggroll_torch.memory import PeakMemory
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -55,7 +56,7 @@ def test_auto_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         size = population.chunk_size(x)
         assert size % 2 == 0
         with PeakMemory() as memory:
-            population._run_chunk(population_call(population, x), range(size))
+            population._run_chunk(population_call(population, x), range(size), Compiler(False))
         assert memory.peak <= free or size == 2
         sizes.append(size)
     assert sizes[0] == 2

@@ -356,6 +356,27 @@ def test_autocast(records: list[int]):
     assert len(records) == 2
 
 
+def test_default_dtype(records: list[int]):
+    class Fills(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.ones(2)
+
+    population = trainer_of(Fills()).ask()
+    before = [population(inputs()) for _ in range(3)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = [population(inputs().float()) for _ in range(3)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {out.dtype for out in wide} == {torch.float64}
+    assert_identical(population(inputs()), before[0])
+    assert len(records) == 2
+
+
 def test_inference_mode():
     population = trainer_of().ask()
     expected = trainer_of(compile=False).ask()(inputs())

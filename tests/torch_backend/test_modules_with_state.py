@@ -216,3 +216,16 @@ def test_a_module_under_two_names_is_left_as_it_was(compile: Any) -> None:
         trainer.tell(torch.randn(MEMBERS))
     for now, before in zip([*model.parameters(), *model.buffers()], held, strict=True):
         assert now is before
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_hold_no_weights_of_members(kind: type[nn.RNNBase]) -> None:
+    model = kind(6, 4)
+    model(torch.ones(5, 6))
+    trainer = make_trainer(model, population_size=MEMBERS)
+    trainer.ask()(torch.ones(5, 6))
+    for held, parameter in zip(model._flat_weights, model.parameters(), strict=True):
+        assert held is parameter
+    trainer.tell(torch.randn(MEMBERS))
+    with torch.no_grad():
+        assert_identical(model(torch.ones(5, 6)), copy.deepcopy(model)(torch.ones(5, 6)))
