@@ -10,7 +10,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class _Record:
     extra: Any
 
 
+_Standing = Literal["met", "refused"]
+"""Of a kind of call: it has run as it is, or it always does."""
+
+
 class Compiler:
     """Runs functions of tensors from records, one for each kind of call.
 
@@ -75,9 +79,8 @@ class Compiler:
             raise TypeError(f"`compile` must be a bool or options of torch.compile by name, got {compile!r}")
         self.enabled = compile is not False
         self._options = _checked_options(compile) if isinstance(compile, Mapping) else {}
-        self._records: OrderedDict[Hashable, _Record | None] = OrderedDict()
+        self._records: OrderedDict[Hashable, _Record | _Standing] = OrderedDict()
         self._new_in_a_row = 0
-        self._gave_up: set[Hashable] = set()
 
     def run(self, function: Function, kind: Hashable, arguments: Any, policy: Policy) -> tuple[list[Tensor], Any]:
         """``function.run(*arguments)``, from a record where there is one.
@@ -93,24 +96,22 @@ class Compiler:
         """
         tensors, structure = pytree.tree_flatten(arguments)
         device = tensors[0].device
-        call = structure, _surroundings(device), tuple(map(_meta, tensors))
-        key = kind, call
-        if call in self._gave_up or self._new_in_a_row >= _NEW_IN_A_ROW:
+        key = kind, structure, _surroundings(device), tuple(map(_meta, tensors))
+        record = self._records.get(key)
+        if record == "refused" or self._new_in_a_row >= _NEW_IN_A_ROW:
             return function.run(*arguments), function.extra()
-        if key not in self._records:
+        if record is None:
             return self._first(function, key, arguments, policy)
         self._records.move_to_end(key)
-        record = self._records[key]
         try:
-            if record is None:
+            if record == "met":
                 record = self._recorded(function, kind, tensors, structure)
             result = self._replayed(record, tensors, device)
         except (UnsupportedOperationError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             result = function.run(*arguments)  # what cannot be vectorised either is no matter of compiling
-            self._gave_up.add(call)
-            del self._records[key]
+            self._records[key] = "refused"
             error = getattr(error, "inner_exception", error)  # what the compiler raised, without its advice
             _fall_back(policy, (str(error).splitlines() or [type(error).__name__])[0])
             return result, function.extra()
@@ -120,7 +121,7 @@ class Compiler:
 
     def _first(self, function: Function, key: Hashable, arguments: Any, policy: Policy) -> tuple[list[Tensor], Any]:
         result = function.run(*arguments), function.extra()
-        self._records[key] = None
+        self._records[key] = "met"
         if len(self._records) > _REMEMBERED:
             self._records.popitem(last=False)
         self._new_in_a_row += 1
@@ -160,7 +161,7 @@ class Compiler:
             return record.run(*tensors)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": OrderedDict(), "_gave_up": set()}
+        return {**self.__dict__, "_records": OrderedDict()}
 
 
 class _NothingReadOrSeeded(TorchDispatchMode):

@@ -299,6 +299,7 @@ class Population:
             def run(index: Tensor, place: Tensor, mine: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
                 return run_member(index, key, held | weights.bind(place, mine, shared), buffers, inputs)
 
+            outputs.clear()
             in_dims = (0, 0, 0, 0 if call.per_member else None)
             place = torch.arange(len(index), device=index.device)
             return torch.vmap(run, in_dims, randomness=self._randomness)(index, place, mine, inputs)

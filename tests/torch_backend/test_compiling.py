@@ -541,6 +541,27 @@ def test_a_model_that_seeds_is_not_recorded(how: str):
     assert_identical(*outputs)
 
 
+def test_another_method_is_recorded_all_the_same(records: list[int]):
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+        def read(self, x: Tensor) -> Tensor:
+            return self.layer(x) * x.sum().item()
+
+    population = trainer_of(Both(), strict=False).ask()
+    with pytest.warns(MaterialisedWarning, match="cannot be compiled"):
+        read = [population.call("read", inputs()) for _ in range(4)]
+    plain = [population(inputs()) for _ in range(4)]
+    assert_identical(read[1:], read[:-1])
+    assert_identical(plain[1:], plain[:-1])
+    assert len(records) == 2  # one of them in vain
+
+
 def test_reading_says_so():
     population, lengths = trainer_of(ReadsValues(READS["item"]), strict=False).ask(), torch.tensor([1, 2])
     population(inputs(), lengths)

@@ -349,4 +349,4 @@ def test_compiled_gives_the_same(name: str) -> None:
                 assert torch.equal(mine, theirs)
     assert not any("compiled" in str(w.message) for w in caught)
     (record,) = trainers[1]._compiler._records.values()
-    assert record is not None
+    assert record not in ("met", "refused")
