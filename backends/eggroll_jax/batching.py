@@ -11,6 +11,7 @@ from jax.extend.core import Literal as Constant
 from eggroll import EggrollConfig
 from eggroll.config import as_int
 
+from .jaxprs import jaxprs_in
 from .layout import Plan
 from .tracing import Traced
 
@@ -129,7 +130,7 @@ def _through(equation: Any, given: list[Input]) -> tuple[int, list[Input]]:
             return 0, ["factored"] * count
     inside = 0
     outputs: list[Input] = ["own"] * count
-    for inner in _jaxprs(tuple(equation.params.values())):
+    for inner in jaxprs_in(tuple(equation.params.values())):
         # The branches of a condition do not get its first input; loops arrange theirs otherwise.
         left_out = len(given) - len(inner.invars)
         inputs: list[Input] = given[left_out:] if left_out in (0, 1) else ["own"] * len(inner.invars)
@@ -138,14 +139,6 @@ def _through(equation: Any, given: list[Input]) -> tuple[int, list[Input]]:
         if left_out == 0 and name not in ("scan", "while") and len(outs) == count:
             outputs = outs
     return inside, outputs
-
-
-def _jaxprs(value: Any) -> list[Jaxpr]:
-    if isinstance(value, ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, Jaxpr):
-        return [value]
-    return [jaxpr for entry in value for jaxpr in _jaxprs(entry)] if isinstance(value, tuple) else []
 
 
 def _size(aval: Any) -> int:

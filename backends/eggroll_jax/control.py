@@ -9,6 +9,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core.primitives import cond_p, scan_p
 from jaxtyping import ArrayLike
 
+from .jaxprs import closed
 from .perturbed import STACK, PerturbedArray, fall_back
 
 __all__: list[str] = []
@@ -21,15 +22,13 @@ _REMAT = jax.make_jaxpr(jax.checkpoint(lambda x: x))(0.0).eqns[0].primitive
 def _(
     *args: PerturbedArray | ArrayLike,
     jaxpr: ClosedJaxpr,
-    num_consts: int,
-    num_carry: int,
     length: int,
     reverse: bool,
     unroll: int | bool,
     **params: Any,
 ) -> Any:
     """A loop over stacked layers takes the leading axis of every factor; one over the rows of a matrix cannot."""
-    consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
+    consts, carry, xs = _inputs_of_scan(args, params)
     layers = tuple(
         fall_back(x, "scan over a matrix axis") if isinstance(x, PerturbedArray) and x.axes[0] != STACK else x
         for x in xs
@@ -38,7 +37,7 @@ def _(
 
     def body(carry: Any, layer: Any) -> Any:
         out = interpret(*consts, *carry, *layer)
-        return tuple(out[:num_carry]), tuple(out[num_carry:])
+        return tuple(out[: len(carry)]), tuple(out[len(carry) :])
 
     # A weight that is carried and comes back as it went in stays lazy; any other carry is dense from the start.
     one_layer = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], layers)) if length else None
@@ -51,6 +50,15 @@ def _(
     return [*last, *ys]
 
 
+def _inputs_of_scan(args: tuple[Any, ...], params: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:
+    """Constants, what is carried, and what is scanned over. From JAX 0.11 on counts are in `ft_in`."""
+    if "ft_in" in params:
+        return tuple(tuple(part) for part in params["ft_in"].update(args).unpack())
+    first = params["num_consts"]
+    last = first + params["num_carry"]
+    return args[:first], args[first:last], args[last:]
+
+
 def _same_structure(old: Any, new: Any) -> bool:
     structures: list[Any] = [jax.tree.structure(old), jax.tree.structure(new)]
     return bool(structures[0] == structures[1])
@@ -58,8 +66,8 @@ def _same_structure(old: Any, new: Any) -> bool:
 
 @quax.register(_REMAT)
 def _(*args: PerturbedArray | ArrayLike, jaxpr: Any, prevent_cse: Any, policy: Any, **params: Any) -> Any:
-    closed = ClosedJaxpr(jaxpr, ())
-    return jax.checkpoint(quax.quaxify(jaxpr_as_fun(closed)), prevent_cse=prevent_cse, policy=policy)(*args)
+    interpret = quax.quaxify(jaxpr_as_fun(closed(jaxpr)))
+    return jax.checkpoint(interpret, prevent_cse=prevent_cse, policy=policy)(*args)
 
 
 @quax.register(cond_p, precedence=1)

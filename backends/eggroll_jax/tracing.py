@@ -13,6 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import partial_eval
 
+from .jaxprs import closed, jaxprs_in
+
 __all__ = ["Traced", "trace"]
 
 
@@ -38,18 +40,18 @@ def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any], st
         args: pytrees of the same, those of one member.
         stacked: of each of `args`, whether members have their own.
     """
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    interpret = quax.quaxify(jaxpr_as_fun(without_custom_vjp(closed)))
+    jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
+    _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    interpret = quax.quaxify(jaxpr_as_fun(without_custom_vjp(jaxpr)))
     leaves = tuple(own for arg, own in zip(args, stacked, strict=True) for _ in jax.tree.leaves(arg))
-    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]), closed, leaves)
+    return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]), jaxpr, leaves)
 
 
-def without_custom_vjp(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """`closed` with the forward function in the place of each `jax.custom_vjp`, which quax does not interpret."""
-    if not _holds_custom_vjp(closed.jaxpr):
-        return closed
-    return jax.make_jaxpr(lambda *args: _evaluate(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+def without_custom_vjp(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """`jaxpr` with the forward function in the place of each `jax.custom_vjp`, which quax does not interpret."""
+    if not _holds_custom_vjp(jaxpr.jaxpr):
+        return jaxpr
+    return jax.make_jaxpr(lambda *args: _evaluate(jaxpr.jaxpr, jaxpr.consts, args))(*jaxpr.in_avals)
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -79,18 +81,15 @@ def _rewritten(value: Any) -> Any:
     if isinstance(value, ClosedJaxpr):
         return without_custom_vjp(value)
     if isinstance(value, Jaxpr) and not value.constvars:
-        return without_custom_vjp(ClosedJaxpr(value, ())).jaxpr
+        return without_custom_vjp(closed(value)).jaxpr
     if isinstance(value, tuple):
         return tuple(map(_rewritten, value))
     return value
 
 
-def _holds_custom_vjp(value: Any) -> bool:
-    if isinstance(value, ClosedJaxpr):
-        return _holds_custom_vjp(value.jaxpr)
-    if isinstance(value, Jaxpr):
-        return any(
-            equation.primitive is custom_vjp_call_p or _holds_custom_vjp(tuple(equation.params.values()))
-            for equation in value.eqns
-        )
-    return isinstance(value, tuple) and any(map(_holds_custom_vjp, value))
+def _holds_custom_vjp(jaxpr: Jaxpr) -> bool:
+    return any(
+        equation.primitive is custom_vjp_call_p
+        or any(map(_holds_custom_vjp, jaxprs_in(tuple(equation.params.values()))))
+        for equation in jaxpr.eqns
+    )
