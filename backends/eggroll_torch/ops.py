@@ -375,8 +375,9 @@ def _shared_projection(x: Tensor, B: Tensor) -> Tensor:
 
 def _one_member(*factors: Tensor, member: Tensor, scales: Tensor) -> list[Tensor]:
     """The draw of one member from factors, or keys, of all, with an axis of length 1 over draws; and its scale."""
+    member = member.view(1)
     draw = member // (scales.shape[0] // factors[0].shape[0])
-    return [*(factor[draw].unsqueeze(0) for factor in factors), scales[member].view(1)]
+    return [*(factor.index_select(0, draw) for factor in factors), scales.index_select(0, member)]
 
 
 def _draws_in_block(x: Tensor, elements_of_a_draw: int) -> int:

@@ -158,8 +158,11 @@ class Noise:
     def of_member(self) -> tuple[Tensor, Tensor]:
         """The member's ``scale * A``, ``(*stack, rows, rank)``, and ``B``, ``(*stack, columns, rank)``."""
         self.policy.used.add(self.name)
-        draw = self.member // (self.scales.shape[0] // self.A.shape[0])
-        return self.A[draw] * self.scales[self.member].to(self.A.dtype), self.B[draw]
+        # Not ``A[draw]``: before 2.10 PyTorch reads the value of an index without axes, which `vmap` refuses.
+        member = self.member.view(1)
+        draw = member // (self.scales.shape[0] // self.A.shape[0])
+        A, B, scale = self.A.index_select(0, draw), self.B.index_select(0, draw), self.scales.index_select(0, member)
+        return A.squeeze(0) * scale.to(A.dtype), B.squeeze(0)
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """What the operations of `eggroll_torch.ops` take after the weight and the factors."""
