@@ -138,7 +138,7 @@ def _tile(
         return 32, 32, 16, 1, 1
     m, n = power_of_two(out_features, 32, 128), power_of_two(in_features, 32, 128)
     if drawn:
-        return m, n, 32, 8 if m * n > 4096 else 4, 1
+        return m, n, 16 if dtype == torch.float32 else 32, 8 if m * n > 4096 else 4, 1
     if dtype == torch.float32:
         return min(m, 64), min(n, 64), 32, 4, 3
     if not scaled and min(out_features, in_features) >= _LARGE:
