@@ -1,8 +1,10 @@
-# `make demo` and `make test` need Python 3.11 or newer, pip and make; each sets up .venv on its own.
+# `make demo` and `make test` need Python 3.11 or newer, pip and make; each sets up .venv on its own. With the newest
+# versions of everything instead of the pinned ones: `make test VENV=.venv-newest CONSTRAINTS= PYTHON=python3.13`.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %)
 
 .PHONY: demo test test-wheel test-gpu lint bench bench-gpu bench-peers bench-jax parity clean
 
