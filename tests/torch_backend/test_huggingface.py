@@ -38,6 +38,22 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=16,
+        **SPECIAL,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
 def vit() -> nn.Module:
     config = transformers.ViTConfig(
         hidden_size=32,
@@ -63,6 +79,7 @@ Inputs = Callable[[int | None], dict[str, Tensor]]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "gpt2": (gpt2, tokens),
     "llama": (llama, tokens),
+    "mixtral": (mixtral, tokens),
     "vit": (vit, pixels),
 }
 

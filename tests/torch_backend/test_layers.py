@@ -69,6 +69,33 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.embedding(index)))
 
 
+class Experts(nn.Module):
+    """Each row goes to the expert that its first three numbers choose, through as many grouped products as layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 40, WIDTH) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(3, 40, WIDTH) / 40**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        expert, order = x[:, :3].argmax(-1).sort()
+        ends = (expert <= torch.arange(3).unsqueeze(1)).sum(1, dtype=torch.int32)
+        hidden = torch._grouped_mm(x[order], self.up.transpose(-2, -1), offs=ends)
+        product = getattr(F, "grouped_mm", torch._grouped_mm)
+        return product(torch.tanh(hidden), self.down, offs=ends)[order.argsort()]
+
+
+class Rowwise(nn.Module):
+    """A module run for each entry of the first axis."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(self.module)(x)
+
+
 def features(*shape: int) -> Callable[[int | None], torch.Tensor]:
     return lambda members: torch.randn(*(() if members is None else (members,)), *shape)
 
@@ -100,6 +127,13 @@ CASES = {
     "bilinear use of one weight": Case(lambda: Call(lambda m, x: (x @ m.w) @ m.w.T, w=(WIDTH, 40)), rows),
     "mlp": Case(lambda: nn.Sequential(nn.Linear(WIDTH, 40), nn.GELU(), nn.Linear(40, WIDTH)), rows),
     "norms": Case(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40), nn.RMSNorm(40)), rows),
+    "weights through a layer": Case(
+        lambda: Call(lambda m, x: x @ F.linear(m.w, m.v).mT, w=(40, WIDTH), v=(WIDTH, WIDTH)),
+        rows,
+        guarded=False,
+        materialises=True,
+    ),
+    "type": Case(lambda: Call(lambda m, x: F.linear(x.type(m.w.type()), m.w.type(x.dtype)), w=(40, WIDTH)), rows),
     "x @ W": Case(lambda: Call(lambda m, x: x @ m.w, w=(WIDTH, 40)), rows),
     "x @ W.T": Case(lambda: Call(lambda m, x: x @ m.w.T, w=(40, WIDTH)), rows),
     "W @ x": Case(lambda: Call(lambda m, x: m.w @ x, w=(40, WIDTH)), features(WIDTH, ROWS)),
@@ -118,6 +152,16 @@ CASES = {
     "W @ x, 3-d": Case(lambda: Call(lambda m, x: m.w @ x, w=(40, WIDTH)), features(2, WIDTH, 1)),
     "vector of weights @ W": Case(lambda: Call(lambda m, x: x + m.v @ m.w, v=(40,), w=(40, WIDTH)), rows),
     "permuted, by keyword": Case(lambda: Call(lambda m, x: x @ m.w.permute(dims=(1, 0)), w=(40, WIDTH)), rows),
+    "experts, grouped": Case(Experts, features(5, WIDTH)),
+    "experts, grouped, in a vmap": Case(lambda: Rowwise(Experts()), features(2, 5, WIDTH)),
+    "experts, groups of its own": Case(
+        lambda: Call(
+            lambda m, x: torch._grouped_mm(x, m.w.mT, offs=torch.stack([1 + (m.b[0] > 0), 5 + 0 * m.b[0]]).int()),
+            w=(2, 40, WIDTH),
+            b=(1,),
+        ),
+        features(5, WIDTH),
+    ),
     "experts, one by one": Case(
         lambda: Call(
             lambda m, x: sum(F.linear(x, w) for w in m.w.unbind(0)) + F.linear(x, m.w[-1]), w=(3, 40, WIDTH)

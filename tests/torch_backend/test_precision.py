@@ -32,6 +32,15 @@ class Weights(nn.Module):
         return torch.addmm(self.bias, x, self.weight), x @ self.weight, torch.matmul(self.weight.mT, x.mT), experts
 
 
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 4) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._grouped_mm(x, self.weight, offs=torch.tensor([2, 5], dtype=torch.int32))
+
+
 def image(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (2, 4)), *layers)
 
@@ -88,6 +97,12 @@ def test_autocast_leaves_float64_alone(make: Callable[[], nn.Module]) -> None:
     population = make_trainer(model, population_size=MEMBERS, rank=2, sigma=0.2).ask()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_members_equal(population, x, 1e-6)
+
+
+def test_autocast_leaves_grouped_products_alone() -> None:
+    population = make_trainer(Grouped(), population_size=MEMBERS, rank=2, sigma=0.2).ask()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_members_equal(population, torch.randn(5, 8), 1e-5)
 
 
 def test_members_and_directions_do_not_know_of_autocast() -> None:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..autocast import autocast_operands, autocasts
+from .. import grouped, ops
+from ..autocast import autocast_operands, autocasts, without_autocast
 from ..noise import DrawnFactors
-from ..perturbed import PerturbedWeight, plain, rule, unwrapped
+from ..perturbed import PerturbedWeight, formed, plain, rule, unwrapped
 from .views import transposed
 
 __all__ = ["linear"]
@@ -37,9 +37,9 @@ def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
 
 @rule(F.linear)
 def _linear(input, weight, bias=None):
-    if isinstance(input, PerturbedWeight) or isinstance(bias, PerturbedWeight) or not weight.is_matrix:
+    if not isinstance(weight, PerturbedWeight) or not weight.is_matrix or isinstance(bias, PerturbedWeight):
         return NotImplemented
-    return linear(input, weight, bias)
+    return linear(formed(input, "linear"), weight, bias)  # a weight may be the input of another
 
 
 @rule(
@@ -80,6 +80,19 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     if autocasts(product.device):
         input = input.to(product.dtype)
     return torch.add(input * beta, product, alpha=alpha)
+
+
+@rule(torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") else []))
+def _grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
+    is_stack = isinstance(mat_b, PerturbedWeight) and mat_b.noise.kernel is None and mat_b.ndim == 3
+    if isinstance(mat_a, PerturbedWeight) or not is_stack or mat_a.ndim != 2 or offs is None:
+        return NotImplemented
+    if bias is not None or out_dtype not in (None, mat_a.dtype):
+        return NotImplemented
+    weight, x = transposed(mat_b), unwrapped(mat_a)
+    noise = weight.noise
+    with without_autocast(x.device):  # which leaves grouped products alone, but not what they are made of here
+        return grouped.perturbed_grouped_linear(x, plain(weight), offs, noise.A, noise.B, *noise.operands())
 
 
 @rule(torch.einsum)

@@ -184,6 +184,13 @@ def _type_as(input, other):
     return _cast(input, lambda tensor: tensor.to(other.dtype))
 
 
+@rule(torch.Tensor.type)
+def _type(input, dtype=None, non_blocking=False):
+    if dtype is None:
+        return plain(input).type()
+    return _cast(input, lambda tensor: tensor.type(dtype, non_blocking))
+
+
 for _method, _dtype in (
     (torch.Tensor.float, torch.float32),
     (torch.Tensor.half, torch.float16),

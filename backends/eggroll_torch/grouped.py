@@ -1,0 +1,104 @@
+"""A stack of perturbed matrices, one for each group of rows: the experts of a mixture, for a whole chunk of members.
+
+Rows of all members that go to one expert are multiplied with its shared weight at once.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["grouped_linear", "perturbed_grouped_linear"]
+
+
+@torch.library.custom_op("eggroll::perturbed_grouped_linear", mutates_args=())
+def perturbed_grouped_linear(
+    x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, member: Tensor, scales: Tensor
+) -> Tensor:
+    """``x[ends[e - 1]:ends[e]] @ W_i[e].T`` for each matrix ``e`` of a stack, for one member ``i``.
+
+    See `perturbed_linear` of `eggroll_torch.ops`. Rows from ``ends[-1]`` on have any values.
+
+    Args:
+        x: shape ``(rows, in)``.
+        weight: shape ``(stack, out, in)``.
+        ends: int32, shape ``(stack,)``, ascending: where the rows of each matrix end.
+        A: shape ``(draws, stack, out, rank)``.
+        B: shape ``(draws, stack, in, rank)``.
+        member: int64, shape ``()``, the member's place in the chunk.
+        scales: float32, shape ``(members,)``.
+
+    Returns:
+        Shape ``(rows, out)``.
+    """
+    member = member.view(1)
+    draw = member // (scales.shape[0] // A.shape[0])
+    A, B, scale = A.index_select(0, draw), B.index_select(0, draw), scales.index_select(0, member)
+    return _of_members(x.unsqueeze(0), weight, ends.unsqueeze(0), A, B, scale).squeeze(0)
+
+
+@perturbed_grouped_linear.register_fake
+def _(x, weight, ends, A, B, member, scales):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@perturbed_grouped_linear.register_vmap
+def _(info, in_dims, x, weight, ends, A, B, member, scales):
+    x_dim, _, ends_dim, _, _, member_dim, _ = in_dims
+    x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
+    ends = ends.unsqueeze(0) if ends_dim is None else ends.movedim(ends_dim, 0)
+    if member_dim is not None:
+        return _of_members(x, weight, ends, A, B, scales), 0
+    # A vmap inside the model: one member with several inputs.
+    inputs = zip(x.expand(info.batch_size, -1, -1), ends.expand(info.batch_size, -1), strict=True)
+    outputs = [perturbed_grouped_linear(rows, weight, their, A, B, member, scales) for rows, their in inputs]
+    return torch.stack(outputs), 0
+
+
+def _of_members(x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    """`perturbed_grouped_linear` for all members of a chunk.
+
+    Args:
+        x: shape ``(members, rows, in)``, or ``(1, rows, in)``, shared.
+        ends: shape ``(members, stack)``, or ``(1, stack)``, shared.
+
+    Returns:
+        Shape ``(members, rows, out)``.
+    """
+    members, draws = scales.shape[0], A.shape[0]
+    rows = torch.arange(x.shape[1], dtype=ends.dtype, device=x.device).expand(len(ends), -1)
+    group = torch.searchsorted(ends, rows.contiguous(), right=True)
+    inputs = max(len(x), len(ends))  # 1 where neither the rows nor their groups are a member's own
+    base = grouped_linear(x.expand(inputs, -1, -1), weight, group.expand(inputs, -1))
+    out = base.repeat(members // inputs, 1, 1)
+    x = x.expand(members, -1, -1).reshape(draws, -1, 1, x.shape[-1])
+    group = group.clamp_(max=len(weight) - 1).expand(members, -1).reshape(draws, -1)
+    of_draw, scales = torch.arange(draws, device=x.device).unsqueeze(1), scales.to(x.dtype).view(-1, 1, 1)
+    # Column by column: each is gathered for every row.
+    for a, b in zip(A.unbind(-1), B.unbind(-1), strict=True):
+        projected = (x @ b[of_draw, group].unsqueeze(-1)).view(members, -1, 1)
+        out.addcmul_(projected * scales, a[of_draw, group].view_as(out))
+    return out
+
+
+# An operation of its own: PyTorch knows the shape that `_grouped_mm` returns for bfloat16 alone.
+@torch.library.custom_op("eggroll::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """``x[i, row] @ weight[group[i, row]].T``, all rows of a group at once.
+
+    Args:
+        x: shape ``(inputs, rows, in)``.
+        weight: shape ``(stack, out, in)``.
+        group: int64, shape ``(inputs, rows)``; rows whose group is ``stack`` have any values.
+
+    Returns:
+        Shape ``(inputs, rows, out)``.
+    """
+    order = group.flatten().argsort(stable=True)
+    every = torch.arange(len(weight), device=x.device)
+    ends = torch.searchsorted(group.flatten()[order], every, right=True, out_int32=True)
+    product = torch._grouped_mm(x.flatten(0, 1)[order], weight.mT, offs=ends)
+    return torch.empty_like(product).index_copy_(0, order, product).view(*x.shape[:2], -1)
+
+
+@grouped_linear.register_fake
+def _(x, weight, group):
+    return x.new_empty(*x.shape[:2], weight.shape[1])
