@@ -65,7 +65,7 @@ def _of_members(x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, s
     """
     members, draws = scales.shape[0], A.shape[0]
     rows = torch.arange(x.shape[1], dtype=ends.dtype, device=x.device).expand(len(ends), -1)
-    group = torch.searchsorted(ends, rows.contiguous(), right=True)
+    group = torch.searchsorted(ends.contiguous(), rows.contiguous(), right=True)
     inputs = max(len(x), len(ends))  # 1 where neither the rows nor their groups are a member's own
     base = grouped_linear(x.expand(inputs, -1, -1), weight, group.expand(inputs, -1))
     out = base.repeat(members // inputs, 1, 1)

@@ -3,10 +3,11 @@
 Active while a model runs for the members of a chunk. Dropout draws each member's mask from its own key, so that it
 depends neither on the chunk nor on PyTorch's generators. Batch normalisation in training mode uses the statistics of
 the member's own batch and leaves the running ones alone. Attention and recurrent layers have no usable batching rule
-in PyTorch.
+in PyTorch, and of a `torch.autograd.Function`, which it may refuse, the forward pass is all that is wanted.
 """
 
 import math
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from . import ops
@@ -42,10 +45,12 @@ class MemberMode(TorchFunctionMode):
 
     def __enter__(self) -> "MemberMode":
         self._token = _current.set(self)
-        self.level = torch._C._functorch.maybe_current_level()
+        self.level = _level()
+        _FORWARD_PASSES.begin()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        _FORWARD_PASSES.end()
         _current.reset(self._token)
         super().__exit__(*error)
 
@@ -74,7 +79,49 @@ def uniform(shape: torch.Size) -> Tensor:
 def vectorised_inside() -> bool:
     """Whether the model itself runs something under `torch.vmap`, or another transformation, right now."""
     mode = _current.get()
-    return mode is not None and torch._C._functorch.maybe_current_level() != mode.level
+    return mode is not None and _level() != mode.level
+
+
+def _level() -> int | None:
+    """How many transformations of functions, such as `torch.vmap`, are at work; None for none."""
+    return torch._C._functorch.maybe_current_level()
+
+
+class _ForwardPasses:
+    """Answers `Function.apply`, which no mode sees, while a member runs: without a rule for it, `vmap` refuses it.
+
+    For the thread that runs the member alone: others get what PyTorch does. An `apply` that was taken from its class
+    before is not seen here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._original = vars(Function)["apply"]
+
+    def begin(self) -> None:
+        with self._lock:
+            self._running += 1
+            Function.apply = classmethod(self._apply)  # type: ignore[method-assign,assignment]
+
+    def end(self) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                Function.apply = self._original  # type: ignore[method-assign]
+
+    def _apply(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        has_rule = function.generate_vmap_rule or function.vmap is not Function.vmap
+        if has_rule or torch.is_grad_enabled() or _current.get() is None or _level() is None:
+            return self._original.__get__(None, function)(*args, **kwargs)
+        if function.setup_context is not Function.setup_context:
+            return function.forward(*args, **kwargs)
+        context = FunctionCtx()
+        context.needs_input_grad = (False,) * len(args)  # type: ignore[attr-defined]
+        return function.forward(context, *args, **kwargs)
+
+
+_FORWARD_PASSES = _ForwardPasses()
 
 
 def replaced(input: Tensor, result: Tensor, inplace: bool) -> Tensor:
@@ -175,6 +222,14 @@ def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FUNCTIONS |= {function: _norm(function) for function in (F.layer_norm, F.group_norm, F.rms_norm)}
+
+
+@_answers(F.adaptive_avg_pool2d)
+def _adaptive_avg_pool2d(input, output_size):
+    if output_size in (1, (1, 1), [1, 1]) and input.ndim in (3, 4):
+        # The same numbers; PyTorch would go through the members of what lies in memory with channels last.
+        return unwrapped(input).mean((-2, -1), keepdim=True)
+    return F.adaptive_avg_pool2d(input, output_size)
 
 
 def _widened(x: Tensor, *others: Tensor | None) -> Tensor:

@@ -91,12 +91,12 @@ class Policy:
             self.one_by_one = True
             return result
 
-    def fall_back(self, problem: str, remedy: str) -> None:
-        """Warns once that `remedy` is taken because of `problem`, or raises in strict mode."""
+    def fall_back(self, problem: str, remedy: str, kind: str | None = None) -> None:
+        """Warns once that `remedy` is taken because of `problem`, or of its `kind`, or raises in strict mode."""
         if self.strict:
             raise UnsupportedOperationError(f"{problem}; strict=True forbids the way around: {remedy}")
-        if problem not in self.warned:
-            self.warned.add(problem)
+        if (kind or problem) not in self.warned:
+            self.warned.add(kind or problem)
             warnings.warn(f"{problem}: {remedy}", MaterialisedWarning, stacklevel=2)
 
 
@@ -307,7 +307,8 @@ def formed(value: Any, operation: str) -> Any:
     if isinstance(value, PerturbedWeight):
         value.noise.policy.fall_back(
             f"no low-rank rule for {operation} on parameter {value.noise.name!r}",
-            "the weight is materialised for every member of a chunk",
+            "the weight is materialised for every member of a chunk (said once for this operation)",
+            kind=operation,
         )
     return unwrapped(value)
 

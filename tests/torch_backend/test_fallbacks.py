@@ -74,10 +74,30 @@ def test_an_operation_without_a_rule_is_said_once_and_right(name: str) -> None:
                 assert_close(got[i], wanted.detach(), 1e-5)
         wanted_warnings = [
             f"no low-rank rule for {operation} on parameter 'weight': "
-            "the weight is materialised for every member of a chunk"
+            "the weight is materialised for every member of a chunk (said once for this operation)"
         ]
         assert said == (wanted_warnings if generation == 0 else [])
         trainer.tell(torch.randn(MEMBERS))
+
+
+def test_an_operation_is_said_once_for_all_parameters() -> None:
+    model = nn.Sequential(*(Model(lambda m, x: F.linear(x, m.weight.exp(), m.bias) @ m.weight.sin()) for _ in "abc"))
+    population = make_trainer(model, population_size=MEMBERS).ask()
+    _, said = caught_in(lambda: population(X))
+    assert len(said) == 2
+    assert all(
+        f"{operation} on parameter '0.weight'" in text for operation, text in zip(("exp", "sin"), said, strict=True)
+    )
+
+
+def test_the_shape_of_a_weight_is_no_use_of_it() -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        return F.linear(x, m.weight.reshape_as(m.weight), m.bias) + x.flatten()[:24].view_as(m.weight).sum()
+
+    population = make_trainer(Model(forward), population_size=MEMBERS, strict=True).ask()
+    outputs = population(X)
+    for i in range(MEMBERS):
+        assert_close(outputs[i], alone(population, i, X), 1e-5)
 
 
 @pytest.mark.parametrize("name", NO_RULE)

@@ -157,6 +157,13 @@ def _reshape(input, *shape):
     return _reshaped(input, target)
 
 
+@rule(torch.Tensor.reshape_as, torch.Tensor.view_as)
+def _reshape_as(input, other):
+    if not isinstance(input, PerturbedWeight):
+        return input.reshape(other.shape)  # like a weight, of which that is all that counts
+    return _reshaped(input, other.shape)
+
+
 @rule(torch.flatten, torch.Tensor.flatten)
 def _flatten(input, start_dim=0, end_dim=-1):
     start, end = start_dim % input.ndim, end_dim % input.ndim
