@@ -14,6 +14,7 @@ from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import partial_eval
 
 from .jaxprs import closed, jaxprs_in
+from .ragged import is_ragged_dot, ragged_dot
 
 __all__ = ["Traced", "trace"]
 
@@ -42,14 +43,17 @@ def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any], st
     """
     jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
     _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
-    interpret = quax.quaxify(jaxpr_as_fun(without_custom_vjp(jaxpr)))
+    interpret = quax.quaxify(jaxpr_as_fun(vectorisable(jaxpr)))
     leaves = tuple(own for arg, own in zip(args, stacked, strict=True) for _ in jax.tree.leaves(arg))
     return Traced(interpret, jax.tree.structure(out), tuple(used[: len(arrays)]), jaxpr, leaves)
 
 
-def without_custom_vjp(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """`jaxpr` with the forward function in the place of each `jax.custom_vjp`, which quax does not interpret."""
-    if not _holds_custom_vjp(jaxpr.jaxpr):
+def vectorisable(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """`jaxpr` without what quax does not interpret or `jax.vmap` not vectorise.
+
+    The forward function takes the place of a `jax.custom_vjp`, a product with rules that of `jax.lax.ragged_dot`.
+    """
+    if not _holds_what_is_replaced(jaxpr.jaxpr):
         return jaxpr
     return jax.make_jaxpr(lambda *args: _evaluate(jaxpr.jaxpr, jaxpr.consts, args))(*jaxpr.in_avals)
 
@@ -65,6 +69,8 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
         if equation.primitive is custom_vjp_call_p:
             body = equation.params["call_jaxpr"]
             results = _evaluate(body.jaxpr, body.consts, operands)
+        elif is_ragged_dot(equation):
+            results = [ragged_dot(*operands, **equation.params)]
         else:
             params = {name: _rewritten(value) for name, value in equation.params.items()}
             bound = equation.primitive.get_bind_params(params)
@@ -79,17 +85,18 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
 def _rewritten(value: Any) -> Any:
     """A parameter of an equation with the jaxprs in it rewritten."""
     if isinstance(value, ClosedJaxpr):
-        return without_custom_vjp(value)
+        return vectorisable(value)
     if isinstance(value, Jaxpr) and not value.constvars:
-        return without_custom_vjp(closed(value)).jaxpr
-    if isinstance(value, tuple):
+        return vectorisable(closed(value)).jaxpr
+    if type(value) is tuple:  # no dimension numbers, which are tuples with names
         return tuple(map(_rewritten, value))
     return value
 
 
-def _holds_custom_vjp(jaxpr: Jaxpr) -> bool:
+def _holds_what_is_replaced(jaxpr: Jaxpr) -> bool:
     return any(
         equation.primitive is custom_vjp_call_p
-        or any(map(_holds_custom_vjp, jaxprs_in(tuple(equation.params.values()))))
+        or is_ragged_dot(equation)
+        or any(map(_holds_what_is_replaced, jaxprs_in(tuple(equation.params.values()))))
         for equation in jaxpr.eqns
     )

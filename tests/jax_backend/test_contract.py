@@ -125,8 +125,29 @@ def custom_vjp_case():
         return 2 * (x @ w)
 
     double.defvjp(lambda w, x: (double(w, x), None), lambda saved, g: (None, None))
-    scan = lambda w, x: jax.lax.scan(lambda x, _: (jnp.tanh(double(w, x)), None), x, length=2)[0]  # noqa: E731
+
+    def scan(w, x):
+        x = x + w[jnp.asarray([4, 0, 2])]
+        return jax.lax.scan(lambda x, _: (jnp.tanh(double(w, x)), None), x, length=2)[0]
+
     return scan, normal(17, 17), (normal(3, 17),), None
+
+
+def experts(params, x):
+    """Each row goes through the expert that the router chooses for it."""
+    expert = jnp.argmax(x @ params["router"], axis=-1)
+    order, sizes = jnp.argsort(expert), jnp.bincount(expert, length=3)
+    hidden = jnp.tanh(jax.lax.ragged_dot(x[order], params["up"], sizes))
+    return jax.lax.ragged_dot(hidden, jnp.swapaxes(params["down"], 1, 2), sizes)[jnp.argsort(order)]
+
+
+def experts_layout(path, leaf):
+    return None if path[-1] == "router" else Matrix(1, 2)
+
+
+def experts_case():
+    params = {"router": normal(17, 3), "up": normal(3, 17, 11) * 0.3, "down": normal(3, 17, 11) * 0.3}
+    return experts, params, (normal(9, 17),), experts_layout
 
 
 CASES = {
@@ -158,6 +179,7 @@ CASES = {
     ),
     "plain functions": plain_case,
     "custom_vjp": custom_vjp_case,
+    "ragged_dot": experts_case,
 }  # fmt: skip
 
 
@@ -211,6 +233,31 @@ def test_members_equal_their_materialised_selves(case, rng):
         # 1e-5 of the output's scale, which is at least that of the activations before it, about 1.
         np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))
     assert np.abs(np.asarray(out[0]) - np.asarray(out[1])).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("noise", [Matrix(1, 2), "dense", "frozen"])
+def test_rows_of_no_group_and_groups_without_rows(noise, per_member, dtype):
+    """Groups, inputs and experts that are a member's own or shared, in every combination."""
+    sizes, shared = jnp.asarray([2, 0, 4]), normal(8, 5).astype(dtype)
+    params = {"w": normal(3, 5, 4).astype(dtype), "b": normal(4).astype(dtype)}
+
+    def fn(params, x, sizes):
+        return jax.lax.ragged_dot(x, params["w"], sizes), x.sum() + params["b"]
+
+    given = (shared, jnp.stack([jnp.roll(sizes, member) for member in range(10)]))
+    given = (jnp.stack([shared + member for member in range(10)]), given[1]) if per_member else given
+    layout = {"w": noise, "b": None}
+    apply = jax.jit(population_apply(fn, CONFIG, layout=layout, strict=True), static_argnames="per_member")
+    out, _ = apply(params, KEY, 0, *given, per_member=(per_member, True))
+    for member in range(10):
+        dense = materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout))
+        x = given[0][member] if per_member else shared
+        expected = np.asarray(fn(dense, x, given[1][member])[0], np.float32)
+        assert not expected[6:].any()
+        atol = (2e-5 if dtype == jnp.float32 else 2**-4) * np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(out[member], np.float32), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("case", ["linen.Dense", "linen.Embed", "linen.Conv"])
