@@ -4,6 +4,7 @@ Noise follows from keys, so every process can sum the direction of all members b
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .swap import uninterrupted
+
+if distributed.is_available():
+    # Its functions have the default group of the moment for a default argument, which keeps it alive: PyTorch imports
+    # it with the first optimizer, as a rule after `init_process_group`.
+    import torch.distributed.nn.functional
 
 __all__ = ["Distributed", "Processes", "check_same"]
 
@@ -22,6 +28,9 @@ Distributed = bool | Any
 class Processes:
     """The processes of a run, of which this is one; alone it is the only one.
 
+    The process group is not kept alive: gloo's threads end with the last reference to it, and where they outlive
+    `destroy_process_group` they may meet an interpreter that is shutting down, which aborts the process.
+
     Args:
         wanted: whether there are others: False, True for those of the default process group, or a group.
 
@@ -32,7 +41,8 @@ class Processes:
 
     def __init__(self, wanted: Distributed):
         self.rank, self.count = 0, 1
-        self._group: Any = None
+        self._reference: weakref.ref[Any] | None = None
+        self._is_default = True
         if wanted is False:
             return
         if not distributed.is_available() or not distributed.is_initialized():
@@ -41,16 +51,24 @@ class Processes:
             raise ValueError("`distributed` must be a process group that this process belongs to")
         if wanted is not True and not isinstance(wanted, distributed.ProcessGroup):
             raise TypeError(f"`distributed` must be a bool or a torch.distributed.ProcessGroup, got {wanted!r}")
-        self._group = distributed.group.WORLD if wanted is True else wanted
-        self.rank, self.count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
+        group = distributed.group.WORLD if wanted is True else wanted
+        self._reference, self._is_default = weakref.ref(group), group is distributed.group.WORLD
+        self.rank, self.count = distributed.get_rank(group), distributed.get_world_size(group)
+
+    @property
+    def _group(self) -> Any:
+        group = self._reference and self._reference()
+        if self._reference is not None and group is None:
+            raise RuntimeError("the process group of this trainer has been destroyed")
+        return group
 
     def __deepcopy__(self, memo: Any) -> "Processes":
         return self  # copies of a trainer are of the same process
 
     def __reduce__(self) -> Any:
-        if self._group is not None and self._group is not distributed.group.WORLD:
+        if not self._is_default:
             raise TypeError("a trainer on a process group other than the default one cannot be pickled")
-        return Processes, (self._group is not None,)
+        return Processes, (self._reference is not None,)
 
     def share(self, members: int, multiple: int) -> range:
         """The members that this process evaluates: about as many as the others, in whole multiples of `multiple`."""

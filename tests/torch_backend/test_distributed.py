@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def _process(rank: int, count: int, folder: str, body: Callable[[int], Any]) -> 
     distributed.init_process_group("gloo", rank=rank, world_size=count, **how)
     try:
         torch.save(body(rank), f"{folder}/{rank}.pt")
-        distributed.barrier()
+        if distributed.is_initialized():
+            distributed.barrier()
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def fitness_of(population: Population) -> Tensor:
@@ -421,6 +424,30 @@ def test_a_run_goes_on_on_other_processes(tmp_path: Path):
     trainer.step()
     for name, parameter in trainer.model.state_dict().items():
         assert_close(first["parameters"][name], parameter, 1e-6)
+
+
+def outlives_its_group(rank: int) -> Any:
+    own = distributed.new_group([0, 1])
+    trainers = [run("pairs", distributed=group)[0] for group in (True, own)]
+    groups = [weakref.ref(group) for group in (distributed.group.WORLD, own)]
+    del own
+    distributed.destroy_process_group()
+    return {
+        "alive": [group() is not None for group in groups],
+        "raised": [raised(trainer.step) for trainer in trainers],
+        "generations": [trainer.state_dict()["generation"] for trainer in trainers],
+        "pickled": raised(lambda: pickle.dumps(trainers[0])),
+    }
+
+
+def test_a_trainer_does_not_keep_the_group_alive(tmp_path: Path):
+    """A process that ends while gloo's threads run aborts now and then."""
+    for found in in_processes(tmp_path, 2, outlives_its_group):
+        assert found["alive"] == [False, False]
+        for error in found["raised"]:
+            assert "RuntimeError: the process group of this trainer has been destroyed" in error
+        assert found["generations"] == [3, 3]
+        assert found["pickled"] == "nothing"
 
 
 def progress(rank: int) -> str:
