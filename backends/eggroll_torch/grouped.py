@@ -1,4 +1,4 @@
-"""A stack of perturbed matrices, one for each group of rows: the experts of a mixture, for a whole chunk of members.
+"""A stack of matrices, one for each group of rows: the experts of a mixture, for a whole chunk of members.
 
 Rows of all members that go to one expert are multiplied with its shared weight at once.
 """
@@ -6,7 +6,7 @@ Rows of all members that go to one expert are multiplied with its shared weight 
 import torch
 from torch import Tensor
 
-__all__ = ["grouped_linear", "perturbed_grouped_linear"]
+__all__ = ["grouped_linear", "perturbed_grouped_linear", "unperturbed_grouped_linear"]
 
 
 @torch.library.custom_op("eggroll::perturbed_grouped_linear", mutates_args=())
@@ -43,14 +43,39 @@ def _(x, weight, ends, A, B, member, scales):
 @perturbed_grouped_linear.register_vmap
 def _(info, in_dims, x, weight, ends, A, B, member, scales):
     x_dim, _, ends_dim, _, _, member_dim, _ = in_dims
-    x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
-    ends = ends.unsqueeze(0) if ends_dim is None else ends.movedim(ends_dim, 0)
+    x, ends = _batch_first(x, x_dim), _batch_first(ends, ends_dim)
     if member_dim is not None:
         return _of_members(x, weight, ends, A, B, scales), 0
     # A vmap inside the model: one member with several inputs.
     inputs = zip(x.expand(info.batch_size, -1, -1), ends.expand(info.batch_size, -1), strict=True)
     outputs = [perturbed_grouped_linear(rows, weight, their, A, B, member, scales) for rows, their in inputs]
     return torch.stack(outputs), 0
+
+
+@torch.library.custom_op("eggroll::unperturbed_grouped_linear", mutates_args=())
+def unperturbed_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`perturbed_grouped_linear` without noise: for a weight that is frozen, or has dense noise."""
+    return torch._grouped_mm(x, weight.mT, offs=ends)
+
+
+@unperturbed_grouped_linear.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@unperturbed_grouped_linear.register_vmap
+def _(info, in_dims, x, weight, ends):
+    x, ends = _batch_first(x, in_dims[0]), _batch_first(ends, in_dims[2])
+    if in_dims[1] is None:
+        return _base(x, weight, ends)[0], 0
+    members = (
+        tensor.expand(info.batch_size, *tensor.shape[1:]) for tensor in (x, weight.movedim(in_dims[1], 0), ends)
+    )
+    return torch.stack([unperturbed_grouped_linear(*member) for member in zip(*members, strict=True)]), 0
+
+
+def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
 
 
 def _of_members(x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
@@ -64,11 +89,8 @@ def _of_members(x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, s
         Shape ``(members, rows, out)``.
     """
     members, draws = scales.shape[0], A.shape[0]
-    rows = torch.arange(x.shape[1], dtype=ends.dtype, device=x.device).expand(len(ends), -1)
-    group = torch.searchsorted(ends.contiguous(), rows.contiguous(), right=True)
-    inputs = max(len(x), len(ends))  # 1 where neither the rows nor their groups are a member's own
-    base = grouped_linear(x.expand(inputs, -1, -1), weight, group.expand(inputs, -1))
-    out = base.repeat(members // inputs, 1, 1)
+    base, group = _base(x, weight, ends)
+    out = base.repeat(members // len(base), 1, 1)
     x = x.expand(members, -1, -1).reshape(draws, -1, 1, x.shape[-1])
     group = group.clamp_(max=len(weight) - 1).expand(members, -1).reshape(draws, -1)
     of_draw, scales = torch.arange(draws, device=x.device).unsqueeze(1), scales.to(x.dtype).view(-1, 1, 1)
@@ -77,6 +99,14 @@ def _of_members(x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, s
         projected = (x @ b[of_draw, group].unsqueeze(-1)).view(members, -1, 1)
         out.addcmul_(projected * scales, a[of_draw, group].view_as(out))
     return out
+
+
+def _base(x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_of_members` returns without noise, and the group of each row; once, if neither is a member's own."""
+    rows = torch.arange(x.shape[1], dtype=ends.dtype, device=x.device).expand(len(ends), -1)
+    group = torch.searchsorted(ends.contiguous(), rows.contiguous(), right=True)
+    inputs = max(len(x), len(ends))
+    return grouped_linear(x.expand(inputs, -1, -1), weight, group.expand(inputs, -1)), group
 
 
 # An operation of its own: PyTorch knows the shape that `_grouped_mm` returns for bfloat16 alone.

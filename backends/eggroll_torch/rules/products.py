@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import grouped, ops
 from ..autocast import autocast_operands, autocasts, without_autocast
+from ..member_mode import FUNCTIONS
 from ..noise import DrawnFactors
 from ..perturbed import PerturbedWeight, formed, plain, rule, unwrapped
 from .views import transposed
@@ -82,17 +83,37 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     return torch.add(input * beta, product, alpha=alpha)
 
 
-@rule(torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") else []))
+_GROUPED_MM = [torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") else [])]
+
+
+@rule(*_GROUPED_MM)
 def _grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
-    is_stack = isinstance(mat_b, PerturbedWeight) and mat_b.noise.kernel is None and mat_b.ndim == 3
-    if isinstance(mat_a, PerturbedWeight) or not is_stack or mat_a.ndim != 2 or offs is None:
+    if isinstance(mat_a, PerturbedWeight) or not _is_grouped_product(mat_a, mat_b, offs, bias, out_dtype):
         return NotImplemented
-    if bias is not None or out_dtype not in (None, mat_a.dtype):
+    if mat_b.noise.kernel is not None:
         return NotImplemented
     weight, x = transposed(mat_b), unwrapped(mat_a)
     noise = weight.noise
     with without_autocast(x.device):  # which leaves grouped products alone, but not what they are made of here
         return grouped.perturbed_grouped_linear(x, plain(weight), offs, noise.A, noise.B, *noise.operands())
+
+
+def _answer_grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
+    """A weight that is not perturbed: PyTorch would go through the members."""
+    plain_weights = not isinstance(mat_a, PerturbedWeight) and not isinstance(mat_b, PerturbedWeight)
+    if plain_weights and _is_grouped_product(mat_a, mat_b, offs, bias, out_dtype):
+        return grouped.unperturbed_grouped_linear(unwrapped(mat_a), unwrapped(mat_b).mT, offs)
+    return torch._grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+
+FUNCTIONS |= dict.fromkeys(_GROUPED_MM, _answer_grouped_mm)
+
+
+def _is_grouped_product(mat_a: Any, mat_b: Any, offs: Any, bias: Any, out_dtype: Any) -> bool:
+    """Whether rows in groups meet a matrix for each, and nothing else is asked for."""
+    return (
+        mat_a.ndim == 2 and mat_b.ndim == 3 and offs is not None and bias is None and out_dtype in (None, mat_a.dtype)
+    )
 
 
 @rule(torch.einsum)
