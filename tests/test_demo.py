@@ -46,8 +46,8 @@ def size_of_png(path):
 
 
 def ends(group):
-    """Whether the last process of the group ends within five seconds."""
-    for _ in range(50):
+    """Whether the last process of the group ends within a minute."""
+    for _ in range(600):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
@@ -59,7 +59,7 @@ def ends(group):
 def test_demo_prints_a_table_and_draws_the_curves(tmp_path):
     picture = tmp_path / "folder" / "curves.png"
     process = start("--generations", 6, "--population", 8, "--seed", 3, "--out", picture)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     for method, evaluations in {"EGGROLL": 48, "full-rank ES": 48, "Adam on gradients": 6}.items():
         row = re.search(rf"^{method} +([\d.]+) % +[\d.]+ +{evaluations} +[\d.]+ MiB$", out, re.MULTILINE)
@@ -116,7 +116,7 @@ def test_a_wrong_argument_is_named(arguments, message, digits, monkeypatch, caps
 
 def test_an_unknown_argument_ends_the_command_with_2():
     process = start("--generatoins", 1)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "unrecognized arguments: --generatoins 1" in err
     assert "Traceback" not in err
@@ -132,7 +132,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path):
         assert piece, seen
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the group
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Interrupted." in err
     assert "Traceback" not in seen.decode() + err

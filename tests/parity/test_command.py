@@ -26,7 +26,7 @@ sys.exit(main({arguments!r}))
 def without(*frameworks, arguments):
     missing = set().union(*(FRAMEWORKS[name] for name in frameworks))
     code = WITHOUT.format(missing=missing, arguments=arguments)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_quick_is_green_with_every_backend_and_compares_everything(tmp_path, capsys):

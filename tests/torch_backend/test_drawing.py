@@ -204,7 +204,7 @@ def drawn_by(before: str, **environment: str) -> str:
     """What a new process says on the way to the first three normals, which are the right ones."""
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM.format(before=before))]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False
+        command, capture_output=True, text=True, timeout=600, env=os.environ | environment, check=False
     )
     assert done.returncode == 0, done.stderr
     expected = prng.normal(torch.tensor([1, 2], dtype=torch.uint32), (3,))
@@ -275,12 +275,12 @@ def test_draws_in_a_forked_process():
         (expected,) = rows.normals(key)
         child = os.fork()
         if child == 0:
-            signal.alarm(30)
+            signal.alarm(300)
             os._exit(0 if torch.equal(rows.normals(key)[0], expected) else 1)
         assert os.waitpid(child, 0)[1] == 0
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,12 +1,12 @@
 """A population against the model run with each member's weights, and members swapped into the model and out again."""
 
+import contextlib
 import copy
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -488,7 +488,7 @@ def test_ctrl_c_during_a_fitness_fn():
             print("as it was")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "as it was"
@@ -508,21 +508,17 @@ def test_interrupts_at_any_time_leave_the_model_as_a_whole_number_of_generations
     trainer = make_trainer(model, **functions, optimizer=torch.optim.Adam)
     finished = [copy.deepcopy(dict(model.state_dict()))]
     undisturbed = make_trainer(**functions, optimizer=torch.optim.Adam)
-    stop = time.monotonic() + 1.5
-    interrupts, delay = 0, 0.0
-    while time.monotonic() < stop:
+    delay = 0.0
+    for _ in range(100):
         delay = (delay + 0.00037) % 0.01
         timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             timer.start()
             while True:
                 trainer.step()
-        except KeyboardInterrupt:
-            interrupts += 1
         timer.join()
         while len(finished) <= trainer.generation:
             undisturbed.step()
             finished.append(copy.deepcopy(dict(undisturbed.model.state_dict())))
         assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
         assert_identical(dict(model.state_dict()), finished[trainer.generation])
-    assert interrupts > 20

@@ -685,7 +685,7 @@ def test_the_memory_of_a_generation_does_not_grow_with_the_population():
 
     def growth(members: int) -> int:
         command = [sys.executable, "-c", textwrap.dedent(program), str(members)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
 
     # The first 80 or so members' noise is kept. That of 200 more would be 40 MB. The allocator adds up to ten.
     assert growth(300) < growth(100) + 20_000

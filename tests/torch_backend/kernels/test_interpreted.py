@@ -27,7 +27,7 @@ def test_in_the_interpreter(name: str):
         env=inherited | chosen,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
