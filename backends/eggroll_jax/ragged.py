@@ -1,7 +1,10 @@
-"""`jax.lax.ragged_dot`, the product of a mixture of experts, for a population: JAX has no batching rule for it."""
+"""`jax.lax.ragged_dot`, the product of a mixture of experts, for a population.
+
+JAX vectorises it over the first axis of all three arguments alone, and what comes of that not again.
+"""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jaxtyping import ArrayLike
 
 from .perturbed import STACK, PerturbedArray, fall_back
 
-__all__ = ["is_ragged_dot", "ragged_dot"]
+__all__ = ["has_rules", "ragged_dot", "ragged_dot_general"]
 
 Array = jax.Array
 
@@ -21,13 +24,52 @@ _GENERAL = "ragged_dot_general"
 _RAGGED_DOT = Primitive("eggroll_ragged_dot")
 
 
-def is_ragged_dot(equation: Any) -> bool:
-    """Whether an equation of a jaxpr is what `jax.lax.ragged_dot` makes: rows in groups, a matrix for each."""
+class _Layout(NamedTuple):
+    """The axes of an operation that multiplies rows in groups with a matrix for each, perhaps for several at once.
+
+    Attributes:
+        lhs: those of the batches, the rows and the features.
+        rhs: those of the batches, the groups, the features and the columns.
+        batches: how many there are of the former.
+    """
+
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    batches: int
+
+
+def _layout(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> _Layout | None:
+    """The axes of a `jax.lax.ragged_dot_general`; None where it is another operation."""
+    (lhs_features, rhs_features), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
+    lhs = (*lhs_batch, *numbers.lhs_ragged_dimensions, *lhs_features)
+    rhs = (*rhs_batch, *numbers.rhs_group_dimensions, *rhs_features)
+    rhs = (*rhs, *(axis for axis in range(rhs_ndim) if axis not in rhs))
+    batches = len(lhs_batch)
+    # Rows that are summed over, or other axes besides, are further operations of that name.
+    if len(rhs_features) != 1 or sorted(lhs) != list(range(lhs_ndim)) or lhs_ndim != batches + 2:
+        return None
+    return _Layout(lhs, rhs, batches) if len(rhs) == rhs_ndim == batches + 3 else None
+
+
+def has_rules(equation: Any) -> bool:
+    """Whether `ragged_dot_general` can take the place of an equation of a jaxpr."""
     if equation.primitive.name != _GENERAL or equation.params.get("group_offset") is not None:
         return False
-    numbers = equation.params["ragged_dot_dimension_numbers"]
-    parts = (numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions)
-    return tuple(jax.tree.leaves(parts)) == (1, 1, 0, 0)
+    lhs, rhs, _ = (variable.aval for variable in equation.invars)
+    return _layout(equation.params["ragged_dot_dimension_numbers"], lhs.ndim, rhs.ndim) is not None
+
+
+def ragged_dot_general(
+    lhs: Array, rhs: Array, group_sizes: Array, *, ragged_dot_dimension_numbers: Any, **params: Any
+) -> Array:
+    """`jax.lax.ragged_dot_general` where it is `ragged_dot`, vectorised or with the matrices transposed."""
+    layout = _layout(ragged_dot_dimension_numbers, lhs.ndim, rhs.ndim)
+    assert layout is not None
+    dot: Any = partial(ragged_dot, **params)
+    for _ in range(layout.batches):
+        dot = jax.vmap(dot, (0, 0, 0 if group_sizes.ndim > 1 else None))
+    out: Array = dot(jnp.transpose(lhs, layout.lhs), jnp.transpose(rhs, layout.rhs), group_sizes)
+    return out
 
 
 def ragged_dot(
@@ -44,7 +86,8 @@ def ragged_dot(
         Shape ``(rows, out)``, 0 in rows of no group.
     """
     how = {"precision": precision, "preferred_element_type": preferred_element_type}
-    out: Array = _RAGGED_DOT.bind(lhs, rhs, group_sizes, **how)
+    # Those of all members are added up, which may be more than a narrow type holds.
+    out: Array = _RAGGED_DOT.bind(lhs, rhs, lax.convert_element_type(group_sizes, jnp.int32), **how)
     return out
 
 
@@ -80,9 +123,7 @@ def _batched(args: Any, dims: Any, **how: Any) -> tuple[Array, int]:
     # All rows of a group at once, whoever's they are.
     group = jax.vmap(_groups, (0, None))(group_sizes, lhs.shape[1]).ravel()
     order = jnp.argsort(group, stable=True)
-    out = ragged_dot(
-        lhs.reshape(-1, lhs.shape[-1])[order], args[1], group_sizes.sum(0, dtype=group_sizes.dtype), **how
-    )
+    out = ragged_dot(lhs.reshape(-1, lhs.shape[-1])[order], args[1], group_sizes.sum(0, dtype=jnp.int32), **how)
     return out[jnp.argsort(order)].reshape(size, lhs.shape[1], -1), 0
 
 

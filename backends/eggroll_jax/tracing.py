@@ -14,7 +14,7 @@ from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import partial_eval
 
 from .jaxprs import closed, jaxprs_in
-from .ragged import is_ragged_dot, ragged_dot
+from .ragged import has_rules, ragged_dot_general
 
 __all__ = ["Traced", "trace"]
 
@@ -69,8 +69,8 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
         if equation.primitive is custom_vjp_call_p:
             body = equation.params["call_jaxpr"]
             results = _evaluate(body.jaxpr, body.consts, operands)
-        elif is_ragged_dot(equation):
-            results = [ragged_dot(*operands, **equation.params)]
+        elif has_rules(equation):
+            results = [ragged_dot_general(*operands, **equation.params)]
         else:
             params = {name: _rewritten(value) for name, value in equation.params.items()}
             bound = equation.primitive.get_bind_params(params)
@@ -96,7 +96,7 @@ def _rewritten(value: Any) -> Any:
 def _holds_what_is_replaced(jaxpr: Jaxpr) -> bool:
     return any(
         equation.primitive is custom_vjp_call_p
-        or is_ragged_dot(equation)
+        or has_rules(equation)
         or any(map(_holds_what_is_replaced, jaxprs_in(tuple(equation.params.values()))))
         for equation in jaxpr.eqns
     )

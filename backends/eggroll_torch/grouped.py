@@ -91,12 +91,13 @@ def _of_members(x: Tensor, weight: Tensor, ends: Tensor, A: Tensor, B: Tensor, s
     members, draws = scales.shape[0], A.shape[0]
     base, group = _base(x, weight, ends)
     out = base.repeat(members // len(base), 1, 1)
-    x = x.expand(members, -1, -1).reshape(draws, -1, 1, x.shape[-1])
-    group = group.clamp_(max=len(weight) - 1).expand(members, -1).reshape(draws, -1)
+    rows = members // draws * x.shape[1]
+    x = x.expand(members, -1, -1).reshape(draws, rows, 1, x.shape[-1])
+    group = group.clamp_(max=len(weight) - 1).expand(members, -1).reshape(draws, rows)
     of_draw, scales = torch.arange(draws, device=x.device).unsqueeze(1), scales.to(x.dtype).view(-1, 1, 1)
     # Column by column: each is gathered for every row.
     for a, b in zip(A.unbind(-1), B.unbind(-1), strict=True):
-        projected = (x @ b[of_draw, group].unsqueeze(-1)).view(members, -1, 1)
+        projected = (x @ b[of_draw, group].unsqueeze(-1)).view(*out.shape[:2], 1)
         out.addcmul_(projected * scales, a[of_draw, group].view_as(out))
     return out
 
@@ -126,9 +127,23 @@ def grouped_linear(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     every = torch.arange(len(weight), device=x.device)
     ends = torch.searchsorted(group.flatten()[order], every, right=True, out_int32=True)
     product = torch._grouped_mm(x.flatten(0, 1)[order], weight.mT, offs=ends)
-    return torch.empty_like(product).index_copy_(0, order, product).view(*x.shape[:2], -1)
+    return torch.empty_like(product).index_copy_(0, order, product).view(*x.shape[:2], product.shape[1])
 
 
 @grouped_linear.register_fake
 def _(x, weight, group):
     return x.new_empty(*x.shape[:2], weight.shape[1])
+
+
+@grouped_linear.register_vmap
+def _(info, in_dims, x, weight, group):
+    """A vmap inside the model."""
+    x, group = (
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in ((x, in_dims[0]), (group, in_dims[2]))
+    )
+    if in_dims[1] is None:
+        out = grouped_linear(x.flatten(0, 1), weight, group.flatten(0, 1))
+        return out.unflatten(0, x.shape[:2]), 0
+    each = zip(x, weight.movedim(in_dims[1], 0), group, strict=True)
+    return torch.stack([grouped_linear(*operands) for operands in each]), 0

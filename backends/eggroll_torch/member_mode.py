@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .autocast import autocasts
-from .perturbed import unwrapped
+from .derivatives import differentiates
+from .perturbed import accepts, unwrapped
 
 __all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform", "vectorised_inside"]
 
@@ -55,8 +55,15 @@ class MemberMode(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        answer = FUNCTIONS.get(func)
-        return func(*args, **(kwargs or {})) if answer is None else answer(*args, **(kwargs or {}))
+        answer, kwargs = FUNCTIONS.get(func), kwargs or {}
+        if answer is None:
+            return func(*args, **kwargs)
+        try:
+            return answer(*args, **kwargs)
+        except TypeError:
+            if accepts(answer, args, kwargs):
+                raise
+            return func(*args, **kwargs)  # which has another spelling of this call than the answer, or refuses it
 
     def uniform(self, shape: torch.Size) -> Tensor:
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
@@ -90,34 +97,37 @@ def _level() -> int | None:
 class _ForwardPasses:
     """Answers `Function.apply`, which no mode sees, while a member runs: without a rule for it, `vmap` refuses it.
 
-    For the thread that runs the member alone: others get what PyTorch does. An `apply` that was taken from its class
-    before is not seen here.
+    For the thread that runs the member alone: others get what PyTorch does, and so does a model that takes
+    derivatives. An `apply` that was taken from its class before is not seen here.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running = 0
-        self._original = vars(Function)["apply"]
+        self._original: Any = None
+        self._answer = classmethod(self._apply)
 
     def begin(self) -> None:
         with self._lock:
             self._running += 1
-            Function.apply = classmethod(self._apply)  # type: ignore[method-assign,assignment]
+            if self._running == 1:
+                self._original = vars(Function)["apply"]  # which may be another library's
+                Function.apply = self._answer  # type: ignore[method-assign,assignment]
 
     def end(self) -> None:
         with self._lock:
             self._running -= 1
-            if not self._running:
+            if not self._running and vars(Function)["apply"] is self._answer:
                 Function.apply = self._original  # type: ignore[method-assign]
 
     def _apply(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         has_rule = function.generate_vmap_rule or function.vmap is not Function.vmap
-        if has_rule or torch.is_grad_enabled() or _current.get() is None or _level() is None:
+        if has_rule or differentiates() or _current.get() is None or _level() is None:
             return self._original.__get__(None, function)(*args, **kwargs)
         if function.setup_context is not Function.setup_context:
             return function.forward(*args, **kwargs)
-        context = FunctionCtx()
-        context.needs_input_grad = (False,) * len(args)  # type: ignore[attr-defined]
+        context = function._backward_cls()  # the context that PyTorch gives it
+        context.needs_input_grad = (False,) * len(args)
         return function.forward(context, *args, **kwargs)
 
 
@@ -154,8 +164,10 @@ def attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, whose dropout is the member's own."""
     q, k, v = unwrapped(q), unwrapped(k), unwrapped(v)
-    if dropout_p == 0:
+    if dropout_p == 0 and not differentiates():
         return ops.attention(q, k, v, mask, is_causal, scale, enable_gqa)
+    if dropout_p == 0 and _level() is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
@@ -164,7 +176,8 @@ def attention(
         scores = scores.masked_fill(~allowed, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return dropout(torch.softmax(scores, dim=-1), dropout_p) @ v
+    shares = torch.softmax(scores, dim=-1)
+    return (dropout(shares, dropout_p) if dropout_p else shares) @ v
 
 
 def _answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -176,9 +189,14 @@ def _answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     return register
 
 
-@_answers(F.dropout, torch.dropout)
+@_answers(F.dropout)
 def _dropout(input, p=0.5, training=True, inplace=False):
     return replaced(input, dropout(unwrapped(input), p), inplace) if training and p else input
+
+
+@_answers(torch.dropout)
+def _torch_dropout(input, p, train):
+    return _dropout(input, p, train)
 
 
 def _channel_dropout(spatial: int) -> Callable[..., Any]:

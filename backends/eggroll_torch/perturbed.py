@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .noise import DrawnFactors, StoredFactors
 
-__all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError"]
+__all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError", "accepts"]
 
 
 class MaterialisedWarning(UserWarning):
@@ -236,7 +236,7 @@ class PerturbedWeight(Weight):
             try:
                 result = rule(*args, **kwargs)
             except TypeError:
-                if _accepts(rule, args, kwargs):
+                if accepts(rule, args, kwargs):
                     raise
                 result = NotImplemented  # PyTorch has another spelling of this call than the rule
             if result is not NotImplemented:
@@ -334,7 +334,8 @@ def _operation(func: Callable[..., Any]) -> str:
 _IN_PLACE = re.compile(r".*[^_]_|__set(item)?__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__")
 
 
-def _accepts(rule: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+def accepts(rule: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a rule can be called with these arguments."""
     try:
         inspect.signature(rule).bind(*args, **kwargs)
     except TypeError:

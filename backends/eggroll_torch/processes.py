@@ -15,7 +15,7 @@ from .swap import uninterrupted
 
 if distributed.is_available():
     # Its functions have the default group of the moment for a default argument, which keeps it alive: PyTorch imports
-    # it with the first optimizer, as a rule after `init_process_group`.
+    # it with the first optimizer, as a rule after `init_process_group`. This package is imported before, as a rule.
     import torch.distributed.nn.functional
 
 __all__ = ["Distributed", "Processes", "check_same"]

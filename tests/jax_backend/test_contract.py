@@ -235,31 +235,6 @@ def test_members_equal_their_materialised_selves(case, rng):
     assert np.abs(np.asarray(out[0]) - np.asarray(out[1])).max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("per_member", [False, True])
-@pytest.mark.parametrize("noise", [Matrix(1, 2), "dense", "frozen"])
-def test_rows_of_no_group_and_groups_without_rows(noise, per_member, dtype):
-    """Groups, inputs and experts that are a member's own or shared, in every combination."""
-    sizes, shared = jnp.asarray([2, 0, 4]), normal(8, 5).astype(dtype)
-    params = {"w": normal(3, 5, 4).astype(dtype), "b": normal(4).astype(dtype)}
-
-    def fn(params, x, sizes):
-        return jax.lax.ragged_dot(x, params["w"], sizes), x.sum() + params["b"]
-
-    given = (shared, jnp.stack([jnp.roll(sizes, member) for member in range(10)]))
-    given = (jnp.stack([shared + member for member in range(10)]), given[1]) if per_member else given
-    layout = {"w": noise, "b": None}
-    apply = jax.jit(population_apply(fn, CONFIG, layout=layout, strict=True), static_argnames="per_member")
-    out, _ = apply(params, KEY, 0, *given, per_member=(per_member, True))
-    for member in range(10):
-        dense = materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout))
-        x = given[0][member] if per_member else shared
-        expected = np.asarray(fn(dense, x, given[1][member])[0], np.float32)
-        assert not expected[6:].any()
-        atol = (2e-5 if dtype == jnp.float32 else 2**-4) * np.abs(expected).max()
-        np.testing.assert_allclose(np.asarray(out[member], np.float32), expected, rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize("case", ["linen.Dense", "linen.Embed", "linen.Conv"])
 def test_bfloat16(case):
     fn, params, args, layout = CASES[case]()

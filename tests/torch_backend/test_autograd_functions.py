@@ -35,6 +35,19 @@ class Sign(Function):
         return gradients[0] * ctx.slope, None
 
 
+class Curious(Function):
+    """Looks at its context."""
+
+    scale = 2.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        assert isinstance(ctx, torch.autograd.function.BackwardCFunction)
+        assert ctx.saved_tensors == ()
+        ctx.save_for_backward(x)
+        return x * ctx._forward_cls.scale  # type: ignore[attr-defined]
+
+
 class SignInPlace(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -94,6 +107,7 @@ class Model(nn.Module):
 APPLIED = {
     "with a context": lambda x: Sign.apply(x),
     "with an argument": lambda x: Sign.apply(x, 0.5),
+    "that it looks at": lambda x: Curious.apply(x),
     "in place": lambda x: SignInPlace.apply(x.clone()),
     "without a context": lambda x: sum(Parts.apply(x)),
     "with a rule": lambda x: Ruled.apply(x),
@@ -144,6 +158,20 @@ def test_an_error_in_it_is_the_models_and_leaves_nothing_behind() -> None:
     with pytest.raises(ArithmeticError, match="mine"):
         make_trainer(Model(lambda x: Broken.apply(x)), population_size=MEMBERS).ask()(X)
     assert vars(Function)["apply"] is APPLY
+
+
+def test_what_another_library_puts_in_its_place_is_called_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def counted(cls: Any, *args: Any) -> Any:
+        seen.append(cls)
+        return APPLY.__get__(None, cls)(*args)
+
+    theirs = classmethod(counted)
+    monkeypatch.setattr(Function, "apply", theirs)
+    make_trainer(Model(APPLIED["with a rule"]), population_size=MEMBERS).ask()(X)
+    assert seen == [Ruled] * 2  # of which one is by its own rule
+    assert vars(Function)["apply"] is theirs
 
 
 def test_gradients_inside_the_model_are_not_lost() -> None:

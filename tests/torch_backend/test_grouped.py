@@ -80,3 +80,46 @@ def test_shared_rows_are_multiplied_once() -> None:
     with GroupedProducts() as products:
         population(torch.randn(5, 8), ENDS)
     assert products.rows == [5, MEMBERS * 5]
+
+
+CALLS = {
+    "in place": lambda x, weight, ends: torch._grouped_mm(x, weight, ends),
+    "by name": lambda x, weight, ends: torch._grouped_mm(x, mat2=weight, offs=ends),
+    "no rows": lambda x, weight, ends: torch._grouped_mm(x[:0], weight, offs=ends * 0),
+    "in a vmap": lambda x, weight, ends: torch.vmap(lambda y: torch._grouped_mm(y, weight, offs=ends))(
+        torch.stack([x, 2 * x])
+    ),
+}
+
+
+@pytest.mark.parametrize("noise", ["low_rank", "dense", "frozen"])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_way_to_call_it(call: str, noise: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(12))
+            self.weight = nn.Parameter(torch.randn(3, 8, 12), requires_grad=noise != "frozen")
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return CALLS[call](x, self.weight, ends)[..., :4, :] + self.bias
+
+    options = {} if noise == "frozen" else {"noise": {"weight": noise}}
+    population = make_trainer(Model(), population_size=MEMBERS, sigma=0.3, **options).ask()
+    x = torch.randn(5, 8)
+    with warnings.catch_warnings():
+        # The rule for low rank has the names of its own.
+        warnings.simplefilter("ignore" if call == "by name" else "error")
+        outputs = population(x, ENDS)
+    for i in range(MEMBERS):
+        with population.member(i) as model, torch.no_grad():
+            assert_close(outputs[i], model(x, ENDS), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_groups_without_a_matrix_are_refused() -> None:
+    population = trainer_of("low_rank", "low_rank").ask()
+    with pytest.raises(RuntimeError, match="batch sizes"):
+        make_trainer(Experts(), population_size=MEMBERS).ask()(torch.randn(5, 8), ENDS[1:])
+    with pytest.raises(NotImplementedError, match="no low-rank rule for _grouped_mm"):
+        population(torch.randn(5, 8), ENDS[1:])

@@ -194,6 +194,11 @@ CASES = {
     "data of a weight": Case(lambda: Call(lambda m, x: F.linear(x, m.w.data), w=(40, WIDTH)), rows),
     "row": Case(lambda: Call(lambda m, x: x + m.w[3], w=(40, WIDTH)), rows),
     "lookup by index": Case(lambda: Call(lambda m, i: m.w[i], w=(50, WIDTH)), indices(ROWS)),
+    "rows by index_select": Case(lambda: Call(lambda m, i: m.w.index_select(0, i), w=(50, WIDTH)), indices(ROWS)),
+    "columns by index_select": Case(
+        lambda: Call(lambda m, i: torch.index_select(m.w, -1, i), w=(8, 50)), indices(ROWS)
+    ),
+    "a row by index_select": Case(lambda: Call(lambda m, i: m.w.index_select(0, i[0]), w=(50, WIDTH)), indices(ROWS)),
     "embedding": Case(lambda: nn.Embedding(50, WIDTH, padding_idx=3), indices(ROWS, 2)),
     "embedding bag, mean": Case(lambda: Bag("mean"), indices(ROWS, 3)),
     "embedding bag, sum": Case(lambda: Bag("sum", padding_idx=7), indices(ROWS, 3)),

@@ -23,11 +23,6 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
     return rows(weight, input) if weight.is_matrix else NotImplemented
 
 
-@rule(torch.index_select, torch.Tensor.index_select)
-def _index_select(input, dim, index):
-    return rows(input, index) if input.is_matrix and dim % 2 == 0 else NotImplemented
-
-
 @rule(F.embedding_bag)
 def _embedding_bag(
     input,

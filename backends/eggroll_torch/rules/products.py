@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import grouped, ops
 from ..autocast import autocast_operands, autocasts, without_autocast
+from ..derivatives import differentiates
 from ..member_mode import FUNCTIONS
 from ..noise import DrawnFactors
 from ..perturbed import PerturbedWeight, formed, plain, rule, unwrapped
@@ -19,13 +20,16 @@ __all__ = ["linear"]
 def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
     noise = weight.noise
+    bias = None if bias is None else unwrapped(bias)
+    if differentiates():
+        x, W, bias, A, B = autocast_operands(x, plain(weight), bias, *noise.of_member())
+        return F.linear(x, W, bias) + (x @ B) @ A.mT
     if isinstance(noise.factors, DrawnFactors):
         factors, parameter = [noise.factors.keys], noise.factors.parameter
         rank, precision, rng = parameter.rank, parameter.precision, parameter.rng
     else:
         factors, rank = [noise.A, noise.B], noise.A.shape[-1]
         precision, rng = "float32", "threefry"  # not used: the factors are there
-    bias = None if bias is None else unwrapped(bias)
     x, W, bias, *factors = autocast_operands(x, plain(weight), bias, *factors)
     return ops.perturbed_linear(x, W, bias, factors, rank, precision, rng, *noise.operands())
 
@@ -33,6 +37,9 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
     """``x[e] @ W_i[e].T`` for each matrix of a stack: `x` ``(stack, rows, in)``, `weight` ``(stack, out, in)``."""
     noise = weight.noise
+    if differentiates():
+        x, W, A, B = autocast_operands(x, plain(weight), *noise.of_member())
+        return torch.bmm(x, W.mT) + torch.bmm(torch.bmm(x, B), A.mT)
     return ops.perturbed_stacked_linear(*autocast_operands(x, plain(weight), noise.A, noise.B), *noise.operands())
 
 
@@ -87,7 +94,7 @@ _GROUPED_MM = [torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") e
 
 
 @rule(*_GROUPED_MM)
-def _grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
+def _grouped_mm(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
     if isinstance(mat_a, PerturbedWeight) or not _is_grouped_product(mat_a, mat_b, offs, bias, out_dtype):
         return NotImplemented
     if mat_b.noise.kernel is not None:
@@ -98,7 +105,7 @@ def _grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
         return grouped.perturbed_grouped_linear(x, plain(weight), offs, noise.A, noise.B, *noise.operands())
 
 
-def _answer_grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
+def _answer_grouped_mm(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
     """A weight that is not perturbed: PyTorch would go through the members."""
     plain_weights = not isinstance(mat_a, PerturbedWeight) and not isinstance(mat_b, PerturbedWeight)
     if plain_weights and _is_grouped_product(mat_a, mat_b, offs, bias, out_dtype):
@@ -110,9 +117,16 @@ FUNCTIONS |= dict.fromkeys(_GROUPED_MM, _answer_grouped_mm)
 
 
 def _is_grouped_product(mat_a: Any, mat_b: Any, offs: Any, bias: Any, out_dtype: Any) -> bool:
-    """Whether rows in groups meet a matrix for each, and nothing else is asked for."""
+    """Whether rows in groups meet a matrix for each, and nothing else is asked for, derivatives either."""
     return (
-        mat_a.ndim == 2 and mat_b.ndim == 3 and offs is not None and bias is None and out_dtype in (None, mat_a.dtype)
+        mat_a.ndim == 2
+        and mat_b.ndim == 3
+        and offs is not None
+        and offs.dtype == torch.int32
+        and offs.shape == mat_b.shape[:1]
+        and bias is None
+        and out_dtype in (None, mat_a.dtype)
+        and not differentiates()
     )
 
 

@@ -1,4 +1,4 @@
-"""Views of a perturbed matrix, or of a stack of them, that are perturbed weights themselves."""
+"""Parts and views of a perturbed matrix, or of a stack of them, mostly perturbed weights themselves."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -101,6 +101,14 @@ def _getitem(input, index):
         indices = (*indices[:place], *(slice(None),) * missing, *indices[place + 1 :])
     plain(input)[index]  # raises what PyTorch says of indices that do not fit
     return _apply_indices(input, indices)
+
+
+@rule(torch.index_select, torch.Tensor.index_select)
+def _index_select(input, dim, index):
+    if not input.is_matrix:
+        return NotImplemented
+    index = index.reshape(-1)
+    return rows(input, index) if dim % 2 == 0 else rows(transposed(input), index).mT
 
 
 @rule(torch.narrow, torch.Tensor.narrow)

@@ -1,0 +1,163 @@
+"""Models that take derivatives of their own with respect to inputs: all members at once, and never silently 0."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch_backend.support import assert_close, make_trainer
+
+from eggroll.torch import MaterialisedWarning
+
+MEMBERS = 6
+X = torch.linspace(-1, 1, 40).view(5, 8)
+ENDS = torch.tensor([2, 5], dtype=torch.int32)
+
+
+class Model(nn.Module):
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor], derive: Callable[..., Tensor]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+        self.convolution = nn.Conv1d(5, 5, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.cell = nn.GRUCell(8, 8)
+        self.embedding = nn.Embedding(4, 8)
+        self.frozen = nn.Parameter(torch.randn(2, 8, 8), requires_grad=False)
+        self.compute, self.derive = compute, derive
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.derive(lambda z: self.compute(self, z), x)
+
+
+COMPUTATIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "linear": lambda model, x: torch.tanh(model.first(x)),
+    "matmul": lambda model, x: torch.sin(x @ model.first.weight),
+    "stack": lambda model, x: torch.bmm(torch.stack([x, x * x]), model.experts),
+    "einsum": lambda model, x: torch.einsum("bi,eio->beo", x**2, model.experts),
+    "convolution": lambda model, x: model.convolution(x).square(),
+    "embedding": lambda model, x: x * model.embedding(torch.arange(5) % 4) ** 2,
+    "attention": lambda model, x: model.attention(x, x, x, need_weights=False)[0],
+    "scaled_dot_product_attention": lambda model, x: F.scaled_dot_product_attention(
+        model.first(x)[None, None], x[None, None], x[None, None], is_causal=True
+    ),
+    "cell": lambda model, x: model.cell(x, torch.cos(x)),
+}
+
+
+def along(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.func.jvp(f, (x,), (torch.cos(3 * x),))[1]
+
+
+DERIVATIVES: dict[str, Callable[..., Tensor]] = {
+    "jvp": along,
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda z: f(z).square().sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "twice": lambda f, x: along(lambda z: along(f, z), x),
+    "hessian": lambda f, x: torch.func.hessian(lambda z: f(z).square().sum())(x),
+}
+
+
+def check(model: nn.Module, *inputs: Tensor, **options: Any) -> None:
+    options = {"population_size": MEMBERS, "sigma": 0.3, "rank": 2, "unused": "ignore"} | options
+    population = make_trainer(model, **options).ask()
+    outputs = population(*inputs)
+    if "compile" in options:
+        outputs = population(*inputs)  # the record
+    for member, output in enumerate(outputs):
+        # The math kernel: PyTorch's others have no forward derivatives.
+        with population.member(member) as formed, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            assert_close(output, formed(*inputs), 1e-4)
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("computation", COMPUTATIONS)
+def test_all_members_at_once(computation: str, derivative: str) -> None:
+    model = Model(COMPUTATIONS[computation], DERIVATIVES[derivative])
+    check(model, X, strict=True)
+    check(model, X, strict=True, noise={"*": "dense"})
+
+
+@pytest.mark.parametrize("derivative", ["jvp", "grad"])
+@pytest.mark.parametrize("computation", ["linear", "stack", "attention", "convolution"])
+def test_recorded(computation: str, derivative: str) -> None:
+    check(Model(COMPUTATIONS[computation], DERIVATIVES[derivative]), X, compile={"backend": "eager"})
+
+
+def test_one_by_one() -> None:
+    class OneByOne(nn.Module):
+        def __init__(self, part: nn.Module):
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) * (1 if float(x.sum()) < 1e9 else 2)  # a number that `vmap` does not give
+
+    model = OneByOne(Model(lambda model, x: COMPUTATIONS["cell"](model, model.first(x)), along))
+    population = make_trainer(model, population_size=MEMBERS, unused="ignore").ask()
+    inputs = torch.stack([X * (member + 1) for member in range(MEMBERS)])
+    with pytest.warns(MaterialisedWarning, match="members run one by one"):
+        outputs = population(inputs, per_member=True)
+    for member, output in enumerate(outputs):
+        with population.member(member) as formed, torch.no_grad():
+            assert_close(output, formed(inputs[member]), 1e-5)
+
+
+@pytest.mark.parametrize("weight", ["experts", "frozen"])
+@pytest.mark.parametrize("derivative", ["func", "autograd"])
+def test_grouped_products(weight: str, derivative: str) -> None:
+    def compute(model: Any, x: Tensor) -> Tensor:
+        return torch._grouped_mm(model.first(x), getattr(model, weight), offs=ENDS).square().sum()
+
+    def by_autograd(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(f(x), x)[0]
+
+    derive: Callable[..., Tensor] = by_autograd if derivative == "autograd" else lambda f, x: torch.func.grad(f)(x)
+    model = Model(compute, derive)
+    if weight == "experts" or derivative == "autograd":
+        with pytest.warns(MaterialisedWarning):
+            check(model, X)
+    else:
+        check(model, X)
+
+
+class Slope(Function):
+    """A step whose derivative is a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.sign(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * tangent
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return 5 * gradient
+
+
+class SlopeWithoutRule(Slope):
+    generate_vmap_rule = False
+
+
+@pytest.mark.parametrize("derivative", ["jvp", "grad"])
+def test_functions_with_derivatives_of_their_own(derivative: str) -> None:
+    derive = DERIVATIVES[derivative]
+    check(Model(lambda model, x: Slope.apply(model.first(x)), derive), X, strict=True)
+    with pytest.warns(MaterialisedWarning, match="cannot be vectorised"):
+        check(Model(lambda model, x: SlopeWithoutRule.apply(model.first(x)), derive), X)
