@@ -74,7 +74,7 @@ INSIDE = {
 @pytest.mark.parametrize("per_member", [False, True])
 @pytest.mark.parametrize("noise", [Matrix(1, 2), "dense", "frozen"])
 @pytest.mark.parametrize("case", INSIDE)
-@pytest.mark.filterwarnings("ignore:eggroll has no low-rank rule for this `stack`")
+@pytest.mark.filterwarnings("ignore:eggroll has no low-rank rule")
 def test_what_the_model_itself_makes_of_it(case, noise, per_member):
     params = {"w": normal(3, 5, 4), "b": normal(5)}
     x = normal(10, 8, 5) if per_member else normal(8, 5)
