@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
@@ -20,7 +21,7 @@ from .fitness import Nonfinite, as_finite, as_fitness, member_fitness
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
 from .population import MemberWeights, Population, Randomness
 from .processes import Processes, check_same
-from .swap import uninterrupted
+from .swap import check_is_itself, uninterrupted
 
 __all__ = ["Trainer"]
 
@@ -101,6 +102,11 @@ class Trainer(torch.optim.Optimizer):
             self.optimizer = optimizer(self.param_groups, lr=learning_rate)
             if not isinstance(self.optimizer, torch.optim.Optimizer):
                 raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, it made {self.optimizer!r}")
+            if _needs_closure(self.optimizer):
+                raise TypeError(
+                    "`optimizer` must step without a `closure`, which evaluates a loss again: "
+                    f"{type(self.optimizer).__name__} does not"
+                )
             self._check_group_options(self.optimizer.param_groups)
             self._check_optimizer(self.optimizer.param_groups)
             self.param_groups = self.optimizer.param_groups
@@ -212,6 +218,7 @@ class Trainer(torch.optim.Optimizer):
                 parameters, optimizer and generation are as before. With `distributed` a RuntimeError where another
                 process raises.
         """
+        check_is_itself(self.model, "tell()")
         gathered = self._fitness_of_all(fitness)
         population = self._population
         assert population is not None
@@ -329,12 +336,14 @@ class Trainer(torch.optim.Optimizer):
         return best
 
     def reset(self) -> None:
-        """Back to the start: initial parameters, learning rates and sigma, no optimizer state, no history.
+        """Back to the start: no optimizer state, no history, and parameters, learning rates and sigma as this trainer
+        was made with them, also after `load_state_dict`, which has no others.
 
         Raises:
             RuntimeError: the trainer keeps no `snapshots`.
         """
         self._check_snapshots("reset")
+        check_is_itself(self.model, "reset()")
         with uninterrupted():
             with torch.no_grad():
                 for name, parameter in self._trainable.items():
@@ -558,6 +567,11 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 def _check_callable(name: str, value: Any) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"`{name}` must be callable, got {value!r}")
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _check_factory(optimizer: Any) -> None:

@@ -1,6 +1,7 @@
 """`ESTrainer`, to be subclassed, and `VanillaESTrainer`: full-rank evolution strategies on one flat vector."""
 
-from collections.abc import Hashable, Iterable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -134,8 +135,8 @@ class ESTrainer(Trainer):
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
-        with torch.no_grad(), seeded(weights.randomness_key, _UPDATE, self.device):
-            update = self.compute_update(weights.perturbations, fitness.to(self.device, torch.float32))
+        with torch.no_grad(), seeded(weights.randomness_key, _UPDATE, self.device), self._with_sigma(weights.sigma):
+            update = self.compute_update(weights.perturbations, self._as_fitnesses(fitness))
         expected = weights.perturbations.shape[1:]
         if not isinstance(update, Tensor) or update.shape != expected:
             shape = tuple(getattr(update, "shape", ()))
@@ -146,12 +147,26 @@ class ESTrainer(Trainer):
             raise ValueError("`compute_update` must return finite values, got NaN or infinity")
         return weights.unflatten(-update)
 
+    @contextlib.contextmanager
+    def _with_sigma(self, sigma: float) -> Iterator[None]:
+        """With the sigma that the members were made with, which may be another one by now."""
+        set_since, self._sigma = self._sigma, sigma
+        try:
+            yield
+        finally:
+            self._sigma = set_since
+
+    def _as_fitnesses(self, fitness: Tensor) -> Tensor:
+        """What `compute_update` is handed, from what `tell` was."""
+        return fitness.to(self.device, torch.float32)
+
 
 class VanillaESTrainer(ESTrainer):
     """Full-rank evolution strategies: every parameter gets dense Gaussian noise, independent for each member.
 
     The update is the estimate of Salimans et al. (arXiv 1703.03864), ``1 / (N * sigma) * sum_i w_i * eps_i``, with
-    z-scored fitness as the weights. It holds ``population_size`` full perturbations: `EGGROLLTrainer` does not.
+    z-scored fitness as the weights; `compute_update` is handed it less that of the first member. It holds
+    ``population_size`` full perturbations: `EGGROLLTrainer` does not.
     """
 
     def sample_perturbations(self, population_size: int) -> Tensor:
@@ -163,9 +178,12 @@ class VanillaESTrainer(ESTrainer):
         return rows.normals(keys.unsqueeze(1).to(self.device))[0].squeeze(1)
 
     def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
-        shifted = fitnesses - fitnesses[0]
+        shifted = (fitnesses - fitnesses[0]).cpu().double()
         weights = (shifted - shifted.mean()) / torch.sqrt(shifted.var(correction=0) + 1e-5)
-        return weights @ perturbations / (len(weights) * self.sigma)
+        return weights.to(perturbations) @ perturbations / (len(weights) * self.sigma)
+
+    def _as_fitnesses(self, fitness: Tensor) -> Tensor:
+        return (fitness - fitness[0]).to(self.device, torch.float32)  # which would lose differences in what is large
 
 
 class _FlatWeights:
@@ -183,7 +201,7 @@ class _FlatWeights:
         self.numbers_in_a_draw = perturbations.shape[1]
         self._parameters = parameters
         self.perturbations = perturbations
-        self._sigma = sigma
+        self.sigma = sigma
 
     def prepare(self, members: range) -> None:
         """All perturbations are held anyway."""
@@ -214,7 +232,7 @@ class _FlatWeights:
 
     def _perturbed(self, perturbations: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         return {
-            name: (parameter.detach() + self._sigma * part).to(dtype or parameter.dtype)
+            name: (parameter.detach() + self.sigma * part).to(dtype or parameter.dtype)
             for (name, part), parameter in zip(
                 self.unflatten(perturbations).items(), self._parameters.values(), strict=True
             )

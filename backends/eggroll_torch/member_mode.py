@@ -35,12 +35,14 @@ class MemberMode(TorchFunctionMode):
         member: int64, shape ``()``, the member's index in the population, or 0 for the same randomness in all; one
             for each member under `vmap`.
         key: int32, shape ``(2,)``, the key of the generation's randomness.
+        own: the member's tensors by the ids of the model's, for uses of those that no module holds under a name.
     """
 
-    def __init__(self, member: Tensor, key: Tensor):
+    def __init__(self, member: Tensor, key: Tensor, own: dict[int, Tensor]):
         super().__init__()
         self._member = member
         self._key = key
+        self._own = own
         self._calls = 0
 
     def __enter__(self) -> "MemberMode":
@@ -56,6 +58,9 @@ class MemberMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         answer, kwargs = FUNCTIONS.get(func), kwargs or {}
+        if self._own and not torch.compiler.is_compiling():  # Dynamo does not follow ids
+            args = tuple(map(self._of_member, args))
+            kwargs = {name: self._of_member(value) for name, value in kwargs.items()} if kwargs else kwargs
         if answer is None:
             return func(*args, **kwargs)
         try:
@@ -64,6 +69,11 @@ class MemberMode(TorchFunctionMode):
             if accepts(answer, args, kwargs):
                 raise
             return func(*args, **kwargs)  # which has another spelling of this call than the answer, or refuses it
+
+    def _of_member(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._of_member, value))
+        return self._own.get(id(value), value)
 
     def uniform(self, shape: torch.Size) -> Tensor:
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
@@ -197,6 +207,11 @@ def _dropout(input, p=0.5, training=True, inplace=False):
 @_answers(torch.dropout)
 def _torch_dropout(input, p, train):
     return _dropout(input, p, train)
+
+
+@_answers(torch.dropout_)
+def _torch_dropout_(input, p, train):
+    return _dropout(input, p, train, inplace=True)
 
 
 def _channel_dropout(spatial: int) -> Callable[..., Any]:

@@ -89,14 +89,15 @@ def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.
                 f"`params` must be parameters of `model`, but number {index}, "
                 f"of shape {tuple(parameter.shape)}, is not"
             )
+        if not parameter.requires_grad:
+            continue  # frozen, and of any dtype
         if not parameter.is_floating_point():
             raise ValueError(
                 f"`params` must be floating point, but {name!r} is {parameter.dtype}: "
                 "leave it out and it stays as it is"
             )
-        if parameter.requires_grad:
-            assert isinstance(parameter, nn.Parameter)
-            trainable[name] = parameter
+        assert isinstance(parameter, nn.Parameter)
+        trainable[name] = parameter
     if not trainable:
         raise ValueError(
             "`params` must hold at least one trainable parameter (one that requires a gradient), got none"
@@ -140,7 +141,9 @@ def model_keys(model: nn.Module, base_key: Tensor) -> dict[str, Tensor]:
 
 
 def _convolution_kernels(model: nn.Module) -> set[int]:
-    return {id(module.weight) for module in model.modules() if isinstance(module, _CONVOLUTIONS)}
+    # Not `module.weight`: a parametrization may compute it, and change its buffers.
+    found = (module._parameters.get("weight") for module in model.modules() if isinstance(module, _CONVOLUTIONS))
+    return {id(weight) for weight in found}
 
 
 def _layout(

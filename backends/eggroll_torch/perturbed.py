@@ -42,7 +42,7 @@ class Policy:
         warned: what was warned about.
         used: names of the parameters that took part in a computation.
         one_by_one: the model cannot be vectorised over members.
-        writes_to_inputs: whether the model changes its inputs in place; None until it has run.
+        writes_to_inputs: by kind of call whether the model changes its inputs in place, once it has run.
         forward_passes: how many were seen whose use of parameters could be followed.
     """
 
@@ -51,7 +51,7 @@ class Policy:
     used: set[str] = field(default_factory=set)
     one_by_one: bool = False
     forward_passes: int = 0
-    writes_to_inputs: bool | None = None
+    writes_to_inputs: dict[Any, bool] = field(default_factory=dict)
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The parameters that took no part in any forward pass so far; none where no pass could be followed."""

@@ -16,7 +16,7 @@ from .compiling import Compiler, Function, left_as_it_is
 from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy, UnsupportedOperationError, formed
-from .swap import named_tensors, replaced, seeded, swapped
+from .swap import check_is_itself, named_tensors, nothing_of_members_left, replaced, seeded, swapped
 from .trees import Parts
 
 __all__ = ["MemberWeights", "Population", "Randomness"]
@@ -181,6 +181,7 @@ class Population:
         Args:
             dtype: of the trained parameters, by default their own. float32 keeps what a narrow dtype rounds away.
         """
+        check_is_itself(self._model, "population.state_dict()")
         state = self._model.state_dict()
         member = self.weights.materialise(self._member(index), dtype)
         return {name: _tied(self._model, member, name, tensor) for name, tensor in state.items()}
@@ -192,6 +193,7 @@ class Population:
         Parameters point to the member's weights and back to their own storage afterwards, whatever happened inside;
         so do buffers, which the member can write to without the next one seeing it.
         """
+        check_is_itself(self._model, "population.member()")
         with swapped(self._model, self.weights.materialise(self._member(index))):
             torch.clear_autocast_cache()  # which holds casts of the weights that were there before
             try:
@@ -251,6 +253,7 @@ class Population:
     @left_as_it_is
     @torch.no_grad()
     def _run(self, call: "_Call") -> Any:
+        check_is_itself(self._model, "a population")
         size = self._size(call)
         call.kind = self._kind(call) if self._compiler.enabled else None
         collected: _Collected | None = None
@@ -269,9 +272,12 @@ class Population:
         weights = self.weights
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
         # Copies of the inputs are made until a call has shown that the model does not write to them.
-        inputs = call.inputs(members.start - self._members.start, len(members))
-        copied = weights.policy.writes_to_inputs is not False
-        inputs = [tensor.clone() for tensor in inputs] if copied else inputs
+        given = call.inputs(members.start - self._members.start, len(members))
+        writes, way = weights.policy.writes_to_inputs, (call.method, self._model.training)
+        copied = writes.get(way, True)
+        inputs = [tensor.clone() for tensor in given] if copied else given
+        counted = not torch.is_inference_mode_enabled()  # where tensors count how often they were written to
+        versions = [tensor._version for tensor in inputs] if counted else []
         outputs = _Outputs()
         index = torch.arange(members.start, members.stop, device=weights.device)
         key = weights.randomness_key.to(weights.device, non_blocking=True)
@@ -283,8 +289,9 @@ class Population:
         ) -> list[Tensor]:
             args, kwargs = call.arguments(inputs)
             bound = bound | {name: buffer.clone() for name, buffer in buffers.items()}
-            randomness = MemberMode(torch.zeros_like(index) if self._randomness == "same" else index, key)
-            with randomness, replaced(self._model, names, bound):
+            randomness = torch.zeros_like(index) if self._randomness == "same" else index
+            own = {id(names[name]): tensor for name, tensor in bound.items()}
+            with MemberMode(randomness, key, own), replaced(self._model, names, bound):
                 return outputs.take_apart(getattr(self._model, call.method)(*args, **kwargs))
 
         def run_all(
@@ -308,7 +315,8 @@ class Population:
             mine, shared = weights.batched(members), weights.shared(members)
             with self._seeded(members.start):
                 if not compiler.enabled:
-                    return run_all(index, key, mine, shared, {}, buffers, inputs)
+                    with nothing_of_members_left(self._model):
+                        return run_all(index, key, mine, shared, {}, buffers, inputs)
                 # A record would hold on to the tensors that it saw in the model: they are handed to it.
                 held = {n: tensor for n, tensor in names.items() if n not in {*mine, *shared, *buffers}}
                 function = Function(run_all, outputs.parts_alone, functools.partial(self._kind, call), self._model)
@@ -317,23 +325,29 @@ class Population:
                 return tensors
 
         def run_one_by_one() -> list[Tensor]:
-            weights.policy.writes_to_inputs = True  # members come one after another: each gets a copy of its own
+            writes[way] = True  # members come one after another: each gets a copy of its own
             outputs.clear()
             weights.prepare(members)
             fresh = call.inputs(members.start - self._members.start, len(members))
             rows = []
             for i, member in enumerate(members):
                 with self._seeded(member):
-                    given = [tensor.clone() for tensor in call.of_member(fresh, i)]
+                    alone = [tensor.clone() for tensor in call.of_member(fresh, i)]
                     bound = weights.bind(index[i], weights.materialise(member), {})
-                    rows.append(run_member(index[i], key, bound, buffers, given))
+                    rows.append(run_member(index[i], key, bound, buffers, alone))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
         outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
-        # In inference mode tensors do not count how often they were written to: it stays open.
-        if copied and not weights.policy.writes_to_inputs and not torch.is_inference_mode_enabled():
-            weights.policy.writes_to_inputs = any(tensor._version for tensor in inputs)
+        written = counted and versions != [tensor._version for tensor in inputs]
+        if counted and copied and not writes.get(way):
+            writes[way] = written or not all(map(_equal, inputs, given))
+        elif written and not copied:
+            writes[way] = True
+            raise RuntimeError(
+                "the model wrote to its inputs, which it did not in calls before: they are no longer what they were. "
+                "From now on it gets copies"
+            )
         return outputs
 
     def _kind(self, call: "_Call") -> Hashable:
@@ -440,6 +454,11 @@ class _Collected:
         return self._first.tree(self._tensors)
 
 
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Whether one has not been written to past its counter, as through `.data`; NaN may have been anything."""
+    return tensor.device.type == "meta" or tensor.layout != torch.strided or torch.equal(tensor, other)
+
+
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     _check_shapes({tuple(tensor.shape) for tensor in tensors})
     return torch.stack(list(tensors))
@@ -455,8 +474,8 @@ def _check_shapes(shapes: set[tuple[int, ...]]) -> None:
 
 def _tied(model: nn.Module, member: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
     """The member's tensor for a `state_dict` entry, which for tied weights has more than one name."""
-    if name in member:
-        return member[name]
+    if name in member or not isinstance(tensor, Tensor):  # modules may have a state of their own kind
+        return member.get(name, tensor)
     for other, parameter in model.named_parameters():
         if parameter.data_ptr() == tensor.data_ptr() and other in member and parameter.shape == tensor.shape:
             return member[other]

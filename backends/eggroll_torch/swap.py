@@ -9,10 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from eggroll import prng
 
-__all__ = ["attributes_restored", "named_tensors", "replaced", "restored", "seeded", "swapped", "uninterrupted"]
+from .perturbed import Weight
+
+__all__ = [
+    "attributes_restored",
+    "check_is_itself",
+    "named_tensors",
+    "nothing_of_members_left",
+    "replaced",
+    "restored",
+    "seeded",
+    "swapped",
+    "uninterrupted",
+]
+
+_SWAPPED: set[int] = set()
+"""The ids of the models that are a member right now."""
 
 
 @contextlib.contextmanager
@@ -21,7 +37,8 @@ def swapped(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
 
     The model's own storage is never written to: the body may change all weights and buffers in place.
     """
-    with restored(model):
+    check_is_itself(model, "this")
+    with restored(model), _marked(model):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.data = parameters[name] if name in parameters else parameter.data.clone()
@@ -32,13 +49,35 @@ def swapped(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    _SWAPPED.add(id(model))
+    try:
+        yield
+    finally:
+        _SWAPPED.discard(id(model))
+
+
+def check_is_itself(model: nn.Module, what: str) -> None:
+    """Raises where the model is a member, whose weights would be taken for the model's own.
+
+    Raises:
+        RuntimeError: names what cannot be done.
+    """
+    if id(model) in _SWAPPED:
+        raise RuntimeError(
+            f"{what} needs the model's own weights, and the model is a member now: "
+            "leave `population.member(...)`, or return from the `fitness_fn`, first"
+        )
+
+
+@contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """On the way out every parameter and buffer is in its place again and points to its own storage and gradient.
 
     Also when the body raises, is interrupted, or put other tensors in their place.
     """
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (table, dict(table)) for module in model.modules() for table in (module._parameters, module._buffers)
+        (table, dict(table)) for module in _unscripted(model) for table in (module._parameters, module._buffers)
     ]
     parameters = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.data) for buffer in model.buffers()]
@@ -64,6 +103,11 @@ def restored(model: nn.Module) -> Iterator[None]:
             # An interrupt may have come before it was held back; restoring twice does no harm.
             restore()
             raise
+
+
+def _unscripted(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose tables are Python's: those of scripted ones cannot be replaced, nor need be."""
+    return (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -116,8 +160,7 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
     """On the way out the attributes of the model's modules are again what they were, whatever the body set."""
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table))
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
+        for module in _unscripted(model)
         for table in (module._parameters, module._buffers, vars(module))
     ]
     try:
@@ -126,6 +169,55 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
         for table, entries in tables:
             table.clear()
             table.update(entries)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@contextlib.contextmanager
+def nothing_of_members_left(model: nn.Module) -> Iterator[None]:
+    """On the way out attributes that were set to tensors of members under `torch.vmap` are what they were.
+
+    Nobody can use those afterwards. Also what was appended to lists, or put into dictionaries, under new keys.
+    """
+    tables = [vars(module) for module in _unscripted(model)]
+    found = [{name: (value, _length(value)) for name, value in _own(table)} for table in tables]
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, found, strict=True):
+            for name, value in list(_own(table)):
+                old, length = before.get(name, (None, 0))
+                if name not in before or value is not old:
+                    if _holds_members(value):
+                        table[name] = old
+                        if name not in before:
+                            del table[name]
+                elif isinstance(value, list) and len(value) > length and _holds_members(value[length:]):
+                    del value[length:]
+                elif isinstance(value, dict) and len(value) > length:
+                    new = list(value)[length:]
+                    if _holds_members([value[key] for key in new]):
+                        for key in new:
+                            del value[key]
+
+
+def _own(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The attributes that not every module has."""
+    return ((name, value) for name, value in table.items() if name not in _OF_EVERY_MODULE)
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict) else 0
+
+
+def _holds_members(value: Any) -> bool:
+    """Whether there is a tensor in it that belongs to a `torch.vmap` that is over, or a member's weight."""
+    return any(
+        isinstance(leaf, Weight)
+        or (isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf))
+        for leaf in pytree.tree_leaves(value)
+    )
 
 
 @contextlib.contextmanager

@@ -90,6 +90,11 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
         "must leave the step size to `learning_rate`",
     ),
     (
+        {"optimizer": torch.optim.LBFGS},
+        TypeError,
+        "`optimizer` must step without a `closure`, which evaluates a loss again: LBFGS does not",
+    ),
+    (
         {"optimizer": lambda params, lr: None},
         TypeError,
         "`optimizer` must make a torch.optim.Optimizer, it made None",
@@ -134,11 +139,11 @@ def test_vanilla_trainer_checks_too(options: dict[str, Any]):
     assert_works(VanillaESTrainer(model.parameters(), model=model, population_size=8))
 
 
-class WithInteger(nn.Module):
+class WithComplex(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 2)
-        self.codes = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+        self.phases = nn.Parameter(torch.tensor([1j, 2]))
 
 
 class OnTwoDevices(nn.Module):
@@ -199,10 +204,10 @@ PARAMS: list[tuple[Callable[[], nn.Module], Params, type[Exception], str]] = [
         "some parameters appear in more than one parameter group",
     ),
     (
-        WithInteger,
+        WithComplex,
         lambda m: m.parameters(),
         ValueError,
-        "`params` must be floating point, but 'codes' is torch.int64",
+        "`params` must be floating point, but 'phases' is torch.complex64",
     ),
     (
         OnTwoDevices,
@@ -211,6 +216,13 @@ PARAMS: list[tuple[Callable[[], nn.Module], Params, type[Exception], str]] = [
         "`params` must be on one device, but 'here.weight' is on cpu and 'there.weight' on meta",
     ),
 ]
+
+
+def test_frozen_parameters_may_be_of_any_dtype():
+    model = mlp(3, 2)
+    model.codes = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    make_trainer(model).ask()(torch.ones(3))
+    assert model.codes.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(("make_model", "params", "error", "message"), PARAMS, ids=[row[-1][-40:] for row in PARAMS])

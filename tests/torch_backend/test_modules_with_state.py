@@ -1,6 +1,7 @@
 """Normalisation and buffers: members see their own batch's statistics, and nothing they write reaches the model."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -229,3 +230,112 @@ def test_recurrent_layers_hold_no_weights_of_members(kind: type[nn.RNNBase]) -> 
     trainer.tell(torch.randn(MEMBERS))
     with torch.no_grad():
         assert_identical(model(torch.ones(5, 6)), copy.deepcopy(model)(torch.ones(5, 6)))
+
+
+class Noting(nn.Module):
+    """Keeps what it computes in attributes of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.state = torch.zeros(6)
+        self.log: list[Any] = ["start"]
+        self.found: dict[str, Any] = {}
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.state = torch.tanh(self.linear(x).mean(0) + self.state)
+        self.log.append(self.state)
+        self.found["weight"] = self.linear.weight
+        self.pair = (self.calls, self.state * 2)
+        self.constant = torch.ones(3)
+        return x + self.state
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2, 4])
+def test_what_members_leave_in_attributes_is_of_no_use_and_gone(chunk_size: int | None) -> None:
+    model, x = Noting(), torch.randn(5, 6)
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=chunk_size, sigma=0.3).ask()
+    outputs = population(x)
+    assert torch.equal(model.state, torch.zeros(6))
+    assert model.log == ["start"]
+    assert model.found == {}
+    assert not hasattr(model, "pair")
+    # What is no member's stays, as it would without a population.
+    assert torch.equal(model.constant, torch.ones(3))
+    assert model.calls == MEMBERS // (chunk_size or MEMBERS)
+    copy.deepcopy(model)
+    for i in range(MEMBERS):
+        with population.member(i) as member, torch.no_grad():
+            model.state = torch.zeros(6)
+            assert_close(outputs[i], member(x), 1e-6)
+
+
+class Elsewhere(nn.Module):
+    """Uses a parameter that it holds in a list, and in a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 6))
+        self.gain = nn.Parameter(torch.ones(6))
+        self.held = [self.table, self.gain]
+        self.project = functools.partial(torch.nn.functional.linear, weight=self.table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.project(x * self.held[1]), self.held[0] @ x.mT.mean(1, keepdim=True).expand(6, 4)])
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["as it is", "compiled"])
+def test_parameters_that_no_module_holds_by_name_where_they_are_used(compile: Any) -> None:
+    population = make_trainer(Elsewhere(), population_size=MEMBERS, sigma=0.3, compile=compile, strict=True).ask()
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        outputs = population(x)
+    for i in range(MEMBERS):
+        with population.member(i) as member, torch.no_grad():
+            assert_close(outputs[i], member(x), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_scripted_modules(whole: bool) -> None:
+    def score(model: nn.Module) -> float:
+        return -float(model(torch.ones(2, 6)).square().mean())
+
+    def trained(scripted: bool) -> Any:
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        if scripted and whole:
+            model = torch.jit.script(model)
+        elif scripted:
+            model[1], model[2] = torch.jit.script(model[1]), torch.jit.script(model[2])
+        trainer = make_trainer(model, fitness_fn=score, population_size=MEMBERS)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with trainer.ask().member(0):
+            assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+        assert_identical(dict(model.state_dict()), before)
+        trainer.train(2, verbose=False)
+        return dict(model.state_dict())
+
+    assert_identical(trained(True), trained(False))
+
+
+class WithNotes(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"notes": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_a_state_that_is_no_tensor() -> None:
+    population = make_trainer(WithNotes(6, 4), population_size=MEMBERS).ask()
+    assert population.state_dict(1)["_extra_state"] == {"notes": 3}
+
+
+def test_power_iterations_are_the_models_own() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)))
+    before = copy.deepcopy(model.state_dict())
+    make_trainer(model, population_size=MEMBERS).ask()
+    assert_identical(dict(model.state_dict()), dict(before))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import signal
 import subprocess
 import sys
@@ -522,3 +523,72 @@ def test_interrupts_at_any_time_leave_the_model_as_a_whole_number_of_generations
             finished.append(copy.deepcopy(dict(undisturbed.model.state_dict())))
         assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
         assert_identical(dict(model.state_dict()), finished[trainer.generation])
+
+
+class Switching(nn.Module):
+    """Writes to its input when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.writes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            x.mul_(2)
+        return self.linear(x)
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return self.linear(x.mul_(2))
+
+    def clamped(self, x: Tensor) -> Tensor:
+        x.data.clamp_(max=0.5)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("method", ["doubled", "clamped"])
+def test_another_method_writes_to_its_inputs(method: str, chunk_size: int | None):
+    model, x = Switching(), torch.ones(4, 3)
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=chunk_size).ask()
+    population(x)
+    for _ in range(3):
+        outputs = population.call(method, x)
+        assert torch.equal(x, torch.ones(4, 3))
+    for i in range(MEMBERS):
+        with population.member(i) as member, torch.no_grad():
+            assert_close(outputs[i], getattr(member, method)(x.clone()), 1e-6)
+
+
+def test_writing_to_inputs_from_some_call_on_is_said():
+    model, x = Switching(), torch.ones(4, 3)
+    population = make_trainer(model, population_size=MEMBERS).ask()
+    population(x)
+    model.writes = True
+    with pytest.raises(RuntimeError, match="wrote to its inputs, which it did not in calls before"):
+        population(x)
+    x = torch.ones(4, 3)
+    outputs = population(x)
+    assert torch.equal(x, torch.ones(4, 3))
+    with population.member(0) as member, torch.no_grad():
+        assert_close(outputs[0], member(x), 1e-6)
+
+
+def test_a_model_that_is_a_member_is_not_taken_for_itself():
+    trainer = make_trainer(mlp(3, 2), population_size=MEMBERS)
+    population, x = trainer.ask(), torch.ones(3)
+    before = run_state(trainer)
+    attempts: dict[str, Callable[[], Any]] = {
+        "a population": lambda: population(x),
+        "population.member()": lambda: population.member(1).__enter__(),
+        "population.state_dict()": lambda: population.state_dict(1),
+        "tell()": lambda: trainer.tell(scores(MEMBERS)),
+        "reset()": trainer.reset,
+    }
+    with population.member(0):
+        for what, attempt in attempts.items():
+            with pytest.raises(RuntimeError, match=re.escape(f"{what} needs the model's own weights")):
+                attempt()
+    assert_identical(run_state(trainer), before)
+    population(x)
+    trainer.tell(scores(MEMBERS))

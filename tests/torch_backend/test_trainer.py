@@ -689,3 +689,26 @@ def test_the_memory_of_a_generation_does_not_grow_with_the_population():
 
     # The first 80 or so members' noise is kept. That of 200 more would be 40 MB. The allocator adds up to ten.
     assert growth(300) < growth(100) + 20_000
+
+
+# Full rank.
+
+
+@pytest.mark.parametrize("change", ["shifted", "scaled", "sigma"])
+def test_full_rank_steps_do_not_depend_on_the_unit_of_fitness(change: str):
+    def trained(change: str) -> dict[str, Tensor]:
+        trainer = VanillaESTrainer((model := mlp(3, 2)).parameters(), model=model, population_size=8, seed=0)
+        trainer.ask()
+        fitness = torch.arange(8.0, dtype=torch.float64).sin() * 1e3
+        if change == "shifted":
+            fitness = fitness + 1e9
+        elif change == "scaled":
+            fitness = fitness * 1e25
+        elif change == "sigma":
+            trainer.sigma = 0.2  # counts from the next `ask` on
+        trainer.tell(fitness)
+        assert trainer.sigma == (0.2 if change == "sigma" else 0.1)
+        return dict(model.state_dict())
+
+    for name, tensor in trained("nothing").items():
+        assert_close(trained(change)[name], tensor, 1e-6)

@@ -53,10 +53,12 @@ def _embedding_bag(
         bag_of = torch.searchsorted(ends[: bags - 1].contiguous(), places, right=True)
         flat = input
     found = rows(weight, flat) if perturbed else F.embedding(flat, weight)  # (entries, dim)
-    if padding_idx is None:
-        counted = torch.ones_like(flat, dtype=found.dtype)
-    else:
-        counted = (flat != padding_idx % weight.shape[0]).to(found.dtype)
+    in_bag = torch.ones_like(flat, dtype=torch.bool)
+    if padding_idx is not None:
+        in_bag = flat != padding_idx % weight.shape[0]
+    if input.ndim == 1 and include_last_offset:
+        in_bag = in_bag & (torch.arange(len(flat), device=flat.device) < offsets[-1])
+    counted = in_bag.to(found.dtype)
     if mode == "max":
         found = torch.where(counted.unsqueeze(-1) > 0, found, float("-inf"))
         index = bag_of.unsqueeze(-1).expand_as(found)

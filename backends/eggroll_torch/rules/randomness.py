@@ -179,6 +179,11 @@ def _in_place(draw: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
+def _integers_between(like: Tensor, *bounds: int, **options: int) -> Any:
+    bounds = (*bounds, *(options[name] for name in ("from", "to") if name in options))
+    return _integers(*bounds, size=like.shape, dtype=like.dtype) if bounds and None not in bounds else NotImplemented
+
+
 def _uniform_between(like: Tensor, low: float = 0.0, high: float = 1.0, **options: float) -> Any:
     low, high = options.get("from", low), options.get("to", high)
     if not like.is_floating_point() or low > high:
@@ -224,6 +229,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.randperm: _permutation,
     torch.randint: _integers,
     torch.randint_like: _integers_like,
+    torch.Tensor.random_: _in_place(_integers_between),
     torch.Tensor.uniform_: _in_place(_uniform_between),
     torch.Tensor.normal_: _in_place(_normal_around),
     torch.Tensor.bernoulli_: _in_place(_coins),
