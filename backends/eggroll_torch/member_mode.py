@@ -58,9 +58,14 @@ class MemberMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         answer, kwargs = FUNCTIONS.get(func), kwargs or {}
-        if self._own and not torch.compiler.is_compiling():  # Dynamo does not follow ids
-            args = tuple(map(self._of_member, args))
-            kwargs = {name: self._of_member(value) for name, value in kwargs.items()} if kwargs else kwargs
+        if not torch.compiler.is_compiling():  # Dynamo does not follow ids
+            own = self._own
+            for value in args:
+                if id(value) in own or type(value) in (list, tuple):
+                    args = tuple(map(self._of_member, args))
+                    break
+            if kwargs:
+                kwargs = {name: self._of_member(value) for name, value in kwargs.items()}
         if answer is None:
             return func(*args, **kwargs)
         try:

@@ -181,12 +181,13 @@ def nothing_of_members_left(model: nn.Module) -> Iterator[None]:
     Nobody can use those afterwards. Also what was appended to lists, or put into dictionaries, under new keys.
     """
     tables = [vars(module) for module in _unscripted(model)]
-    found = [{name: (value, _length(value)) for name, value in _own(table)} for table in tables]
+    found = [{name: (table[name], _length(table[name])) for name in _own(table)} for table in tables]
     try:
         yield
     finally:
         for table, before in zip(tables, found, strict=True):
-            for name, value in list(_own(table)):
+            for name in _own(table):
+                value = table[name]
                 old, length = before.get(name, (None, 0))
                 if name not in before or value is not old:
                     if _holds_members(value):
@@ -202,9 +203,9 @@ def nothing_of_members_left(model: nn.Module) -> Iterator[None]:
                             del value[key]
 
 
-def _own(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The attributes that not every module has."""
-    return ((name, value) for name, value in table.items() if name not in _OF_EVERY_MODULE)
+def _own(table: dict[str, Any]) -> set[str]:
+    """The names of the attributes that not every module has."""
+    return table.keys() - _OF_EVERY_MODULE
 
 
 def _length(value: Any) -> int:
