@@ -1,12 +1,13 @@
-"""Perturbed arrays through `lax.scan`, `lax.cond` and `jax.checkpoint`; quax brings `jit` and `while`."""
+"""Perturbed arrays through `lax.scan`, `lax.while_loop`, `lax.cond` and `jax.checkpoint`; quax brings `jit`."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import quax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.extend.core.primitives import cond_p, scan_p
+from jax.extend.core.primitives import cond_p, scan_p, while_p
 from jaxtyping import ArrayLike
 
 from .jaxprs import closed
@@ -39,15 +40,65 @@ def _(
         out = interpret(*consts, *carry, *layer)
         return tuple(out[: len(carry)]), tuple(out[len(carry) :])
 
-    # A weight that is carried and comes back as it went in stays lazy; any other carry is dense from the start.
     one_layer = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], layers)) if length else None
-    after = jax.eval_shape(body, carry, one_layer)[0] if length else carry
-    settled = tuple(
-        fall_back(old, "scan carry") if isinstance(old, PerturbedArray) and not _same_structure(old, new) else old
-        for old, new in zip(carry, after, strict=True)
-    )
-    last, ys = lax.scan(body, settled, layers, length=length, reverse=reverse, unroll=unroll)
+    settled = _settled("scan carry", lambda *args: body(*args)[0], carry, one_layer) if length else carry
+
+    def settled_body(carry: Any, layer: Any) -> Any:
+        new, ys = body(carry, layer)
+        return _dense_like("scan carry", carry, new), ys
+
+    last, ys = lax.scan(settled_body, settled, layers, length=length, reverse=reverse, unroll=unroll)
     return [*last, *ys]
+
+
+def _settled(what: str, body: Callable[..., Any], carry: tuple[Any, ...], *rest: Any) -> tuple[Any, ...]:
+    """A loop's carry as it can be bound: a weight that comes back as it went in stays lazy, any other is dense.
+
+    Args:
+        what: the carry, in words.
+        body: from the carry and `rest`, of which the shapes are enough, to the next carry.
+    """
+    while True:
+        after = jax.eval_shape(lambda carry, *rest: _dense_like(what, carry, body(carry, *rest)), carry, *rest)
+        settled = tuple(
+            fall_back(old, what) if isinstance(old, PerturbedArray) and not _same_structure(old, new) else old
+            for old, new in zip(carry, after, strict=True)
+        )
+        if all(now is before for now, before in zip(settled, carry, strict=True)):
+            return settled
+        carry = settled  # what is dense now may make another so
+
+
+def _dense_like(what: str, carry: Iterable[Any], new: Iterable[Any]) -> tuple[Any, ...]:
+    """What a step of a loop makes of its carry, dense where that is."""
+    return tuple(
+        fall_back(x, what) if isinstance(x, PerturbedArray) and not isinstance(old, PerturbedArray) else x
+        for old, x in zip(carry, new, strict=True)
+    )
+
+
+@quax.register(while_p, precedence=1)
+def _(
+    *args: PerturbedArray | ArrayLike,
+    cond_nconsts: int,
+    cond_jaxpr: ClosedJaxpr,
+    body_nconsts: int,
+    body_jaxpr: ClosedJaxpr,
+) -> Any:
+    of_cond, of_body = args[:cond_nconsts], args[cond_nconsts : cond_nconsts + body_nconsts]
+    go_on, step = (quax.quaxify(jaxpr_as_fun(jaxpr)) for jaxpr in (cond_jaxpr, body_jaxpr))
+
+    def body(carry: Any) -> Any:
+        return step(*of_body, *carry)
+
+    carry = _settled("while carry", body, args[cond_nconsts + body_nconsts :])
+    return list(
+        lax.while_loop(
+            lambda carry: go_on(*of_cond, *carry)[0],
+            lambda carry: _dense_like("while carry", carry, body(carry)),
+            carry,
+        )
+    )
 
 
 def _inputs_of_scan(args: tuple[Any, ...], params: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:

@@ -14,7 +14,7 @@ from eggroll.perturbation import draws_and_signs
 from .batching import BatchSize, check_batch_size, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
-from .perturbed import PerturbedArray, one_warning_for_each_primitive
+from .perturbed import PerturbedArray, fall_back, one_warning_for_each_primitive
 from .tracing import trace
 
 __all__ = ["perturb", "population_apply"]
@@ -151,7 +151,8 @@ def evaluation_of(
 
                 def of_member(sign: Array, *args: Any) -> list[Array]:
                     leaves = perturbed(chosen, inputs.arrays, noise, sign, config, inputs.sigma, strict)
-                    return traced.call(*leaves, *jax.tree.leaves(args))
+                    out = traced.call(*leaves, *jax.tree.leaves(args))
+                    return [fall_back(x, "output") if isinstance(x, PerturbedArray) else x for x in out]
 
                 return jax.vmap(of_member, in_axes=(0, *axes))(signs, *args)
 
