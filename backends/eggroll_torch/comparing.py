@@ -14,6 +14,7 @@ from torch import Tensor, nn
 __all__ = ["comparable"]
 
 _VALUES = (bool, int, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.Size, range, Enum)
+_MOST_FREQUENT = frozenset({bool, int, str, types.NoneType})
 _NAMED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 # What every module has; of these the hooks and the mode count.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
@@ -44,6 +45,11 @@ class _Comparison:
     def of(self, value: Any) -> Hashable:
         kind = type(value)
         self._values += 1
+        if kind in _MOST_FREQUENT:
+            return kind, value
+        if isinstance(value, nn.Module) and self._values <= _MOST_VALUES:
+            again = self._again(value)
+            return again or (kind, _Same(value), self._of_module(value))
         if isinstance(value, float):
             return kind, value.hex()  # 0.0 is not -0.0, and NaN is itself
         if isinstance(value, _VALUES):
@@ -52,11 +58,8 @@ class _Comparison:
             return kind, str(value.dtype), value.shape, value.tobytes()
         if isinstance(value, (*_NAMED, np.ndarray)) or self._values > _MOST_VALUES:
             return _Same(value)
-        again = self._met.get(id(value))
-        if again is not None:
-            return "met", again
-        self._met[id(value)] = len(self._met)
-        self._held.append(value)
+        if again := self._again(value):
+            return again
         if isinstance(value, Mapping):
             return kind, self._each(part for item in value.items() for part in item)
         if isinstance(value, set | frozenset):
@@ -69,39 +72,37 @@ class _Comparison:
             return kind, self._each((value.func, value.args, value.keywords))
         if isinstance(value, types.MethodType):
             return kind, self._each((value.__func__, value.__self__))
-        if isinstance(value, nn.Module):
-            return kind, _Same(value), self._of_module(value)
         if isinstance(value, Tensor) or not hasattr(value, "__dict__"):
             return kind, _Same(value)
         return kind, _Same(value), self.of(vars(value))
+
+    def _again(self, value: Any) -> Hashable:
+        """The number of an object that was met before; None, and it gets one, otherwise."""
+        again = self._met.get(id(value))
+        if again is not None:
+            return "met", again
+        self._met[id(value)] = len(self._met)
+        self._held.append(value)
+        return None
 
     def _each(self, values: Iterable[Any]) -> Hashable:
         return tuple(map(self.of, values))
 
     def _of_module(self, module: nn.Module) -> Hashable:
-        attributes = vars(module).items()
-        return (
-            *(tuple(getattr(module, hooks)) for hooks in _HOOKS),
-            *(
-                (name, self._which(value))
-                for table in (module._parameters, module._buffers)
-                for name, value in table.items()
-            ),
-            *((name, self.of(child)) for name, child in module._modules.items()),
-            *(
-                (name, self._which(value) if isinstance(value, Tensor) else self.of(value))
-                for name, value in attributes
-                if name not in _OF_EVERY_MODULE
-            ),
-        )
+        parts: list[Hashable] = [tuple(getattr(module, hooks)) for hooks in _HOOKS]
+        for table in (module._parameters, module._buffers):
+            parts += [(name, self._which(value)) for name, value in table.items()]
+        parts += [(name, self.of(child)) for name, child in module._modules.items()]
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE:
+                parts.append((name, self._which(value) if isinstance(value, Tensor) else self.of(value)))
+        return tuple(parts)
 
     def _which(self, tensor: Tensor | None) -> int | None:
         """A number of a tensor whose identity does not count, but which other places hold it."""
         if tensor is None:
             return None
-        if id(tensor) not in self._met:
-            self._met[id(tensor)] = len(self._met)
-            self._held.append(tensor)
+        self._again(tensor)
         return self._met[id(tensor)]
 
 

@@ -261,20 +261,19 @@ class NoiseSource:
         every_draw = torch.arange(self.config.draws, dtype=torch.int32, device=self.device)
         return fold_in_each(self._generation_keys, every_draw)
 
-    def dense(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
-        """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
-        weight, scale = parameter.parameter.detach(), self.dense_scale(parameter)
-        if self.drawn_by_kernels(parameter):
-            from .kernels.dense import dense_of_members
+    def dense_drawn(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
+        """A parameter whose dense noise a kernel draws as each member of the chunk sees it: ``(members, *shape)``."""
+        from .kernels.dense import dense_of_members
 
-            keys, how = self.keys(parameter, chunk), (parameter.precision, parameter.rng)
-            return dense_of_members(weight, keys, chunk.signs, scale, *how)
+        keys, how = self.keys(parameter, chunk), (parameter.precision, parameter.rng)
+        return dense_of_members(parameter.parameter.detach(), keys, chunk.signs, self.dense_scale(parameter), *how)
+
+    def dense_noise(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
+        """What is added to a parameter for each member of the chunk, in its dtype; shape ``(members, *shape)``."""
         noise = self.noise(parameter, chunk)
         assert isinstance(noise, Tensor)
-        per_draw = noise.shape[0]
-        signs = (chunk.signs * scale).view(per_draw, -1, *(1,) * weight.ndim)
-        perturbed = weight + (signs * noise.unsqueeze(1)).to(weight.dtype)
-        return perturbed.flatten(0, 1)
+        signs = (chunk.signs * self.dense_scale(parameter)).view(noise.shape[0], -1, *(1,) * (noise.ndim - 1))
+        return (signs * noise.unsqueeze(1)).to(parameter.parameter.dtype).flatten(0, 1)
 
     def member_weight(
         self, parameter: ParameterNoise, chunk: ChunkNoise, index: int, dtype: torch.dtype | None = None

@@ -281,8 +281,8 @@ class Population:
         outputs = _Outputs()
         index = torch.arange(members.start, members.stop, device=weights.device)
         key = weights.randomness_key.to(weights.device, non_blocking=True)
-        names = named_tensors(self._model)
-        buffers = dict(self._model.named_buffers())
+        held_by_modules = named_tensors(self._model)
+        names, buffers = held_by_modules.all(), held_by_modules.buffers
 
         def run_member(
             index: Tensor, key: Tensor, bound: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]

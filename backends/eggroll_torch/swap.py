@@ -3,19 +3,18 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from eggroll import prng
-
 from .perturbed import Weight
+from .threefry import seed_of
 
 __all__ = [
+    "NamedTensors",
     "attributes_restored",
     "check_is_itself",
     "named_tensors",
@@ -29,6 +28,8 @@ __all__ = [
 
 _SWAPPED: set[int] = set()
 """The ids of the models that are a member right now."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes of modules that hold no tensors themselves."""
 
 
 @contextlib.contextmanager
@@ -110,16 +111,37 @@ def _unscripted(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What tensors a model's modules hold, each by its first name: parameters, buffers, and plain attributes."""
-    found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    seen = {id(tensor) for tensor in found.values()}
-    for prefix, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and id(value) not in seen:
-                seen.add(id(value))
-                found[f"{prefix}.{name}" if prefix else name] = value
-    return found
+class NamedTensors(NamedTuple):
+    """What tensors a model's modules hold, each by its first name."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    attributes: dict[str, Tensor]
+
+    def all(self) -> dict[str, Tensor]:
+        return {**self.parameters, **self.buffers, **self.attributes}
+
+
+def named_tensors(model: nn.Module) -> NamedTensors:
+    """The tensors of a model; one that is in several places counts as a parameter before a buffer before the rest."""
+    # `named_parameters()` and `named_buffers()` would go through the modules three times, in every call.
+    modules = [(f"{name}." if name else "", module) for name, module in model.named_modules()]
+    seen: set[int] = set()
+
+    def held(tables: Iterable[tuple[str, Mapping[str, Any]]], but: Collection[str] = ()) -> dict[str, Tensor]:
+        found = {}
+        for prefix, table in tables:
+            for name, value in table.items():
+                if name not in but and isinstance(value, Tensor) and id(value) not in seen:
+                    seen.add(id(value))
+                    found[prefix + name] = value
+        return found
+
+    return NamedTensors(
+        held((prefix, module._parameters) for prefix, module in modules),
+        held((prefix, module._buffers) for prefix, module in modules),
+        held(((prefix, vars(module)) for prefix, module in modules), _OF_EVERY_MODULE),
+    )
 
 
 _LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
@@ -133,7 +155,7 @@ def replaced(model: nn.Module, names: dict[str, Tensor], tensors: dict[str, Tens
 
     Args:
         model: the model.
-        names: its tensors, see `named_tensors`.
+        names: all its tensors by name, see `named_tensors`.
         tensors: others for some of them, of any kind.
     """
     others = {id(names[name]): other for name, other in tensors.items()}
@@ -169,9 +191,6 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
         for table, entries in tables:
             table.clear()
             table.update(entries)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextlib.contextmanager
@@ -242,16 +261,12 @@ def seeded(key: Tensor, data: int, device: torch.device) -> Iterator[None]:
     """PyTorch's global generators, seeded from a key and a number, and put back afterwards.
 
     Args:
-        key: int32, shape ``(2,)``, on the CPU.
-        data: folded into the key; -1 for what belongs to no member.
+        key, data: see `threefry.seed_of`.
         device: whose generator is seeded besides that of the CPU.
     """
-    devices = [device] if device.type == "cuda" else []
-    # Neither PyTorch's operations, which a mode may be watching, nor torch.manual_seed, which formats a stack trace
-    # for devices that are not there yet: each costs a millisecond, for every member.
-    high, low = prng.fold_in(key.numpy().view(np.uint32), data & 0xFFFFFFFF).tolist()
-    seed = (high << 32) | low
+    seed, devices = seed_of(key, data), [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed, which formats a stack trace for devices that are not there yet: a millisecond.
         torch.default_generator.manual_seed(seed)
         for device in devices:
             with torch.cuda.device(device):

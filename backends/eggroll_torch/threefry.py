@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eggroll import prng
 
-__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "word"]
+__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "seed_of", "word"]
 
 _log = logging.getLogger("eggroll")
 
@@ -51,14 +51,34 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     """
     check_words("keys", keys)
     check_words("data", data)
-    shape = torch.broadcast_shapes(keys.shape[:-1], data.shape)
-    keys, data = keys.expand(*shape, 2), data.expand(shape)
     compiled = compiled_for_cpu() if keys.device.type == "cpu" else None
     if compiled is None:
+        shape = torch.broadcast_shapes(keys.shape[:-1], data.shape)
+        keys, data = keys.expand(*shape, 2), data.expand(shape)
         k0, k1 = (keys[..., word].contiguous() for word in (0, 1))
         return torch.stack(_block(k0, k1, data + k1), dim=-1)
-    words = compiled.fold_in(keys.reshape(-1, 2).numpy().view(np.uint32), data.reshape(-1).numpy().view(np.uint32))
-    return torch.from_numpy(words.view(np.int32)).view(*shape, 2)
+    numbers = data.numpy().view(np.uint32)
+    words, numbers = np.broadcast_arrays(keys.numpy().view(np.uint32), numbers[..., None])
+    folded = compiled.fold_in(words.reshape(-1, 2), numbers[..., 0].reshape(-1))
+    return torch.from_numpy(folded.view(np.int32).reshape(words.shape))
+
+
+def seed_of(key: Tensor, data: int) -> int:
+    """64 bits that follow from a key and a number, for other generators, such as those of PyTorch.
+
+    Found on the host without PyTorch's operations, which a mode may be watching: it is asked for every member.
+
+    Args:
+        key: int32, shape ``(2,)``, on the CPU.
+        data: folded into the key; negative numbers belong to no member.
+    """
+    words, number = key.numpy().view(np.uint32), data & 0xFFFFFFFF
+    compiled = compiled_for_cpu()
+    if compiled is None:
+        high, low = prng.fold_in(words, number).tolist()
+    else:
+        high, low = compiled.fold_in(words[None], np.array([number], np.uint32))[0].tolist()
+    return (high << 32) | low
 
 
 def word(value: int) -> Tensor:

@@ -1,6 +1,8 @@
 """The weights of an EGGROLL population: low-rank noise carried along, dense noise added."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,10 +10,30 @@ from torch import Tensor
 from eggroll.perturbation import LowRank
 
 from .autocast import without_autocast
-from .noise import DrawnFactors, NoiseSource, StoredFactors
+from .noise import ChunkNoise, DrawnFactors, NoiseSource, StoredFactors
+from .parameters import ParameterNoise
 from .perturbed import DenseWeight, Noise, PerturbedWeight, Policy
 
 __all__ = ["EggrollWeights"]
+
+# Numbers of noise of a chunk up to which it is kept ready for further calls (4 MiB): those of small policies, say,
+# that play for hundreds of steps. Otherwise it would take longer to make it ready in each than to use it.
+_KEPT = 1 << 20
+
+
+@dataclass
+class _Prepared:
+    """The noise of a chunk, ready for use: nothing that depends on the values of parameters.
+
+    Attributes:
+        chunk: the noise that it is made of.
+        dense: by name the dense noise of each member as it is added to the parameter, once it was needed.
+        low_rank: by name the scales of all members, then the factors or keys.
+    """
+
+    chunk: ChunkNoise
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    low_rank: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class EggrollWeights:
@@ -31,8 +53,11 @@ class EggrollWeights:
         self.members_per_draw = source.members_per_draw
         self.numbers_in_a_draw = source.numbers_in_a_draw
         self._low_rank = [parameter for parameter in source.parameters if parameter.kind == "low_rank"]
+        self._dense = [parameter for parameter in source.parameters if parameter.kind == "dense"]
+        self._numbers_of_member = sum(parameter.draw_size for parameter in source.parameters)
+        self._prepared: _Prepared | None = None
 
-    @property
+    @cached_property
     def signature(self) -> Hashable:
         return tuple((p.name, p.kind, p.kernel, p.rank, p.precision, p.rng) for p in self._low_rank)
 
@@ -43,24 +68,40 @@ class EggrollWeights:
         self.source.draw_factors_of_all()
 
     def batched(self, members: range) -> dict[str, Tensor]:
-        chunk = self.source.chunk(members)
-        return {
-            parameter.name: self.source.dense(parameter, chunk)
-            for parameter in self.source.parameters
-            if parameter.kind == "dense"
-        }
+        prepared = self._of_chunk(members)
+        return {parameter.name: self._with_dense_noise(parameter, prepared) for parameter in self._dense}
 
     def shared(self, members: range) -> dict[str, list[Tensor]]:
-        chunk = self.source.chunk(members)
+        noise = self._of_chunk(members).low_rank
+        return {p.name: [p.parameter.detach(), *noise[p.name]] for p in self._low_rank}
+
+    def _of_chunk(self, members: range) -> _Prepared:
+        if self._prepared is not None and self._prepared.chunk.members == members:
+            return self._prepared
+        prepared = _Prepared(self.source.chunk(members))
         scales: dict[float, Tensor] = {}
-        shared = {}
         for parameter in self._low_rank:
-            factors, scale = self.source.factors(parameter, chunk), self.source.low_rank_scale(parameter)
+            factors = self.source.factors(parameter, prepared.chunk)
+            scale = self.source.low_rank_scale(parameter)
             if scale not in scales:
-                scales[scale] = chunk.signs * scale
+                scales[scale] = prepared.chunk.signs * scale
             noise = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
-            shared[parameter.name] = [parameter.parameter.detach(), scales[scale], *noise]
-        return shared
+            prepared.low_rank[parameter.name] = [scales[scale], *noise]
+        if len(members) * self._numbers_of_member <= _KEPT:
+            self._prepared = prepared
+        return prepared
+
+    def _with_dense_noise(self, parameter: ParameterNoise, prepared: _Prepared) -> Tensor:
+        """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
+        source, chunk = self.source, prepared.chunk
+        if source.drawn_by_kernels(parameter):
+            return source.dense_drawn(parameter, chunk)
+        noise = prepared.dense.get(parameter.name)
+        if noise is None:
+            noise = source.dense_noise(parameter, chunk)
+            if prepared is self._prepared:
+                prepared.dense[parameter.name] = noise
+        return parameter.parameter.detach() + noise
 
     def bind(self, place: Tensor, mine: dict[str, Tensor], shared: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         bound: dict[str, Tensor] = {
