@@ -51,16 +51,14 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     """
     check_words("keys", keys)
     check_words("data", data)
+    shape = np.broadcast_shapes(keys.shape[:-1], data.shape)  # PyTorch's takes 20 microseconds
+    keys, data = keys.expand(*shape, 2), data.expand(shape)
     compiled = compiled_for_cpu() if keys.device.type == "cpu" else None
     if compiled is None:
-        shape = torch.broadcast_shapes(keys.shape[:-1], data.shape)
-        keys, data = keys.expand(*shape, 2), data.expand(shape)
         k0, k1 = (keys[..., word].contiguous() for word in (0, 1))
         return torch.stack(_block(k0, k1, data + k1), dim=-1)
-    numbers = data.numpy().view(np.uint32)
-    words, numbers = np.broadcast_arrays(keys.numpy().view(np.uint32), numbers[..., None])
-    folded = compiled.fold_in(words.reshape(-1, 2), numbers[..., 0].reshape(-1))
-    return torch.from_numpy(folded.view(np.int32).reshape(words.shape))
+    words = compiled.fold_in(keys.reshape(-1, 2).numpy().view(np.uint32), data.reshape(-1).numpy().view(np.uint32))
+    return torch.from_numpy(words.view(np.int32)).view(*shape, 2)
 
 
 def seed_of(key: Tensor, data: int) -> int:
