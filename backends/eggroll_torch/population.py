@@ -17,6 +17,7 @@ from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy, UnsupportedOperationError, formed
 from .swap import check_is_itself, named_tensors, nothing_of_members_left, replaced, seeded, swapped
+from .threads import alone
 from .trees import Parts
 
 __all__ = ["MemberWeights", "Population", "Randomness"]
@@ -175,6 +176,7 @@ class Population:
             part._whole = self
             yield part
 
+    @alone
     def state_dict(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own.
 
@@ -194,13 +196,14 @@ class Population:
         so do buffers, which the member can write to without the next one seeing it.
         """
         check_is_itself(self._model, "population.member()")
-        with swapped(self._model, self.weights.materialise(self._member(index))):
+        with swapped(self._model, self._materialised(index)):
             torch.clear_autocast_cache()  # which holds casts of the weights that were there before
             try:
                 yield self._model
             finally:
                 torch.clear_autocast_cache()
 
+    @alone
     def lora(self, index: int) -> dict[str, Tensor]:
         """The low-rank perturbations of member `index` as a LoRA adapter in PEFT's layout, exact, without an SVD.
 
@@ -227,6 +230,10 @@ class Population:
                 with part.member(index) as model, self._seeded(part.members[index]), weights.policy.watching(model):
                     scores.append(fitness_fn(model))
         return scores
+
+    @alone
+    def _materialised(self, index: int) -> dict[str, Tensor]:
+        return self.weights.materialise(self._member(index))
 
     def _member(self, index: int) -> int:
         if not -len(self) <= index < len(self):
@@ -268,6 +275,7 @@ class Population:
         return collected.tree()
 
     @torch.no_grad()
+    @alone
     def _run_chunk(self, call: "_Call", members: range, compiler: Compiler) -> "_Outputs":
         weights = self.weights
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
