@@ -281,8 +281,8 @@ class Population:
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
         # Copies of the inputs are made until a call has shown that the model does not write to them.
         given = call.inputs(members.start - self._members.start, len(members))
-        writes, way = weights.policy.writes_to_inputs, (call.method, self._model.training)
-        copied = writes.get(way, True)
+        way = weights.policy.ways[call.method, self._model.training]
+        copied = way.fills_tensors or way.writes_to_inputs is not False
         inputs = [tensor.clone() for tensor in given] if copied else given
         counted = not torch.is_inference_mode_enabled()  # where tensors count how often they were written to
         versions = [tensor._version for tensor in inputs] if counted else []
@@ -299,7 +299,7 @@ class Population:
             bound = bound | {name: buffer.clone() for name, buffer in buffers.items()}
             randomness = torch.zeros_like(index) if self._randomness == "same" else index
             own = {id(names[name]): tensor for name, tensor in bound.items()}
-            with MemberMode(randomness, key, own), replaced(self._model, names, bound):
+            with MemberMode(randomness, key, own, way.fills_tensors), replaced(self._model, names, bound):
                 return outputs.take_apart(getattr(self._model, call.method)(*args, **kwargs))
 
         def run_all(
@@ -321,19 +321,21 @@ class Population:
 
         def run_vectorised() -> list[Tensor]:
             mine, shared = weights.batched(members), weights.shared(members)
+            # An attempt before may have written to its copies.
+            tensors = [tensor.clone() for tensor in given] if way.fills_tensors else inputs
             with self._seeded(members.start):
                 if not compiler.enabled:
                     with nothing_of_members_left(self._model):
-                        return run_all(index, key, mine, shared, {}, buffers, inputs)
+                        return run_all(index, key, mine, shared, {}, buffers, tensors)
                 # A record would hold on to the tensors that it saw in the model: they are handed to it.
                 held = {n: tensor for n, tensor in names.items() if n not in {*mine, *shared, *buffers}}
                 function = Function(run_all, outputs.parts_alone, functools.partial(self._kind, call), self._model)
-                arguments = (index, key, mine, shared, held, buffers, inputs)
-                tensors, outputs.parts = compiler.run(function, call.kind, arguments, weights.policy)
-                return tensors
+                arguments = (index, key, mine, shared, held, buffers, tensors)
+                returned, outputs.parts = compiler.run(function, call.kind, arguments, weights.policy)
+                return returned
 
         def run_one_by_one() -> list[Tensor]:
-            writes[way] = True  # members come one after another: each gets a copy of its own
+            way.writes_to_inputs = True  # members come one after another: each gets a copy of its own
             outputs.clear()
             weights.prepare(members)
             fresh = call.inputs(members.start - self._members.start, len(members))
@@ -345,13 +347,13 @@ class Population:
                     rows.append(run_member(index[i], key, bound, buffers, alone))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
-        outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
+        outputs.tensors = weights.policy.run(way, run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
         written = counted and versions != [tensor._version for tensor in inputs]
-        if counted and copied and not writes.get(way):
-            writes[way] = written or not all(map(_equal, inputs, given))
+        if counted and copied and not way.writes_to_inputs:
+            way.writes_to_inputs = written or not all(map(_equal, inputs, given))
         elif written and not copied:
-            writes[way] = True
+            way.writes_to_inputs = True
             raise RuntimeError(
                 "the model wrote to its inputs, which it did not in calls before: they are no longer what they were. "
                 "From now on it gets copies"

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_backend.support import run_one_by_one
 
 from eggroll.torch import EGGROLLTrainer, MaterialisedWarning
 
@@ -362,7 +363,7 @@ def test_chunked_and_one_by_one_give_the_same(name: str) -> None:
         whole = trainer_of(model).ask()(x, per_member=True)
         chunked = trainer_of(model, chunk_size=5).ask()(x, per_member=True)
         alone = trainer_of(model)
-        alone._policy.one_by_one = True
+        run_one_by_one(alone)
         one_by_one = alone.ask()(x, per_member=True)
     for other in (chunked, one_by_one):
         for a, b in zip(tensors_of(whole), tensors_of(other), strict=True):
