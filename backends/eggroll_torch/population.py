@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -236,9 +237,13 @@ class Population:
         return self.weights.materialise(self._member(index))
 
     def _member(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` must be in [0, {len(self)}), got {index}")
-        return self._members[index]
+        try:
+            place = operator.index(index)
+        except TypeError:
+            raise TypeError(f"`index` must be an int, got {index!r}") from None
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"`index` must be in [{-len(self)}, {len(self)}), got {place}")
+        return self._members[place]
 
     def chunk_size(self, *args: Any, per_member: bool = False, **kwargs: Any) -> int:
         """How many members such a call evaluates at a time."""

@@ -246,7 +246,7 @@ def test_length_and_indices():
     assert len(population) == MEMBERS
     assert_identical(population.state_dict(-1), population.state_dict(MEMBERS - 1))
     for index in (MEMBERS, -MEMBERS - 1):
-        with pytest.raises(IndexError, match=rf"`index` must be in \[0, 8\), got {index}"):
+        with pytest.raises(IndexError, match=rf"`index` must be in \[-8, 8\), got {index}"):
             population.state_dict(index)
 
 
