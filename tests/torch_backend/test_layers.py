@@ -213,7 +213,7 @@ CASES = {
     "conv2d, depthwise": conv(nn.Conv2d, (6, 5), kernel_size=(3, 2), groups=8, bias=False),
     "conv2d, 1x1": conv(nn.Conv2d, (3, 3), kernel_size=1),
     "conv2d without a batch axis": Case(lambda: nn.Conv2d(8, 16, 3), features(8, 6, 5), guarded=False),
-    "conv3d": conv(nn.Conv3d, (4, 4, 3), kernel_size=(2, 3, 2), stride=(1, 1, 2)),
+    "conv3d": conv(nn.Conv3d, (4, 4, 3), kernel_size=(2, 3, 2), stride=(1, 2, 1)),
     "pooled, channels last": Case(
         lambda: Call(lambda m, x: F.adaptive_avg_pool2d(F.linear(x, m.w).permute(0, 3, 1, 2), 1), w=(40, WIDTH)),
         features(ROWS, 3, 2, WIDTH),
