@@ -53,7 +53,7 @@ NO_RULE: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "times a tensor": (lambda m, x: F.linear(x, m.weight * m.bias[:, None]), "mul"),
     "column": (lambda m, x: x[:, :4] + m.weight[:, 1] + m.bias, "__getitem__"),
     "mask": (lambda m, x: F.linear(x, m.weight[torch.tensor([True, False, True, True])]) + m.bias[0], "__getitem__"),
-    "conjugate transpose": (lambda m, x: x @ m.weight.H + m.bias, "the attribute 'H'"),
+    "real part": (lambda m, x: x @ m.weight.real.T + m.bias, "the attribute 'real'"),
     "output": (lambda m, x: (m.weight, m.bias), "the model's output"),
 }
 
