@@ -113,7 +113,7 @@ class Trainer(torch.optim.Optimizer):
             self.state = self.optimizer.state
             self.defaults = self.optimizer.defaults
             if device is not None:
-                model.to(device)
+                model.to(_as_device(device))
             self.device = next(iter(self._trainable.values())).device
         processes.same(seed=None if seed is None else self._base_key.tolist(), **self._hyperparameters())
         seed_of_first, *_ = processes.of_all("the constructor", lambda: self.seed)
@@ -394,6 +394,8 @@ class Trainer(torch.optim.Optimizer):
             return
         if self._population is not None:
             raise RuntimeError("add_param_group() between two generations only: finish the open one with tell()")
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"`param_group` must be a dict with the key 'params', got {_described(param_group)}")
         added = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
         trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
         group = {**param_group, "params": added}
@@ -551,6 +553,17 @@ def _as_groups(params: Any) -> list[Any]:
         if isinstance(group, dict) and "params" not in group:
             raise ValueError(f"`params` groups must have the key 'params', got {sorted(group)}")
     return groups
+
+
+def _as_device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(f"`device` must be a device of PyTorch, got {device!r}: {error}") from None
+
+
+def _described(group: Any) -> str:
+    return f"one with the keys {sorted(group)}" if isinstance(group, dict) else type(group).__name__
 
 
 def _check_lr(lr: Any) -> None:

@@ -36,13 +36,16 @@ class MemberMode(TorchFunctionMode):
             for each member under `vmap`.
         key: int32, shape ``(2,)``, the key of the generation's randomness.
         own: the member's tensors by the ids of the model's, for uses of those that no module holds under a name.
+        fills_tensors: whether tensors that the model makes are the member's own from the start, so that it may put
+            into them what it computes: `torch.vmap` allows no writes of members to what they share.
     """
 
-    def __init__(self, member: Tensor, key: Tensor, own: dict[int, Tensor]):
+    def __init__(self, member: Tensor, key: Tensor, own: dict[int, Tensor], fills_tensors: bool = False):
         super().__init__()
         self._member = member
         self._key = key
         self._own = own
+        self._fills_tensors = fills_tensors
         self._calls = 0
 
     def __enter__(self) -> "MemberMode":
@@ -67,7 +70,9 @@ class MemberMode(TorchFunctionMode):
             if kwargs:
                 kwargs = {name: self._of_member(value) for name, value in kwargs.items()}
         if answer is None:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            # A copy for each member, of any dtype.
+            return torch.where(self._member >= 0, result, result) if self._fills_tensors and func in _MADE else result
         try:
             return answer(*args, **kwargs)
         except TypeError:
@@ -86,6 +91,13 @@ class MemberMode(TorchFunctionMode):
         self._calls += 1
         return ops.member_uniform(self._key, call, self._member, list(shape))
 
+
+_MADE = {
+    *(torch.zeros, torch.ones, torch.empty, torch.full),
+    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty, torch.Tensor.new_full),
+}
+"""What makes tensors to be filled."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What `MemberMode` answers, by PyTorch function. `eggroll_torch.rules` adds to it."""

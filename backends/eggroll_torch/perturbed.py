@@ -11,7 +11,8 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .noise import DrawnFactors, StoredFactors
 
-__all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError", "accepts"]
+__all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError", "Way", "accepts"]
 
 
 class MaterialisedWarning(UserWarning):
@@ -34,24 +35,37 @@ class UnsupportedOperationError(NotImplementedError):
 
 
 @dataclass
+class Way:
+    """How calls of one kind have turned out to run.
+
+    Attributes:
+        writes_to_inputs: whether the model changes its inputs in place, once it has run.
+        fills_tensors: whether the model makes tensors, such as zeros, and puts what members compute into them.
+        one_by_one: the model cannot be vectorised over members.
+    """
+
+    writes_to_inputs: bool | None = None
+    fills_tensors: bool = False
+    one_by_one: bool = False
+
+
+@dataclass
 class Policy:
-    """What to do about operations without a rule, and what was seen of the parameters.
+    """What to do about operations without a rule, and what was seen of the model and its parameters.
 
     Attributes:
         strict: raise instead of materialising or running members one by one.
         warned: what was warned about.
         used: names of the parameters that took part in a computation.
-        one_by_one: the model cannot be vectorised over members.
-        writes_to_inputs: by kind of call whether the model changes its inputs in place, once it has run.
         forward_passes: how many were seen whose use of parameters could be followed.
+        ways: by kind of call.
     """
 
     strict: bool = False
     warned: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
-    one_by_one: bool = False
     forward_passes: int = 0
-    writes_to_inputs: dict[Any, bool] = field(default_factory=dict)
+    ways: defaultdict[Hashable, Way] = field(default_factory=lambda: defaultdict(Way))
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The parameters that took no part in any forward pass so far; none where no pass could be followed."""
@@ -72,24 +86,31 @@ class Policy:
             yield
         self.forward_passes += bool(self.used)
 
-    def run(self, vectorised: Callable[[], Any], one_by_one: Callable[[], Any]) -> Any:
+    def run(self, way: Way, vectorised: Callable[[], Any], one_by_one: Callable[[], Any]) -> Any:
         """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once."""
-        if self.one_by_one:
+        if way.one_by_one:
             return one_by_one()
         try:
             return vectorised()
         except (UnsupportedOperationError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            # Not every error means that vmap is at fault: if members fail one by one too, theirs is the true one.
-            result = one_by_one()
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.fall_back(
-                f"the model cannot be vectorised over members ({reason})",
-                "members run one by one",
-            )
-            self.one_by_one = True
-            return result
+            problem = error
+        if not way.fills_tensors:
+            way.fills_tensors = True
+            try:
+                return vectorised()
+            except Exception:
+                way.fills_tensors = False
+        # Not every error means that vmap is at fault: if members fail one by one too, theirs is the true one.
+        result = one_by_one()
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        self.fall_back(
+            f"the model cannot be vectorised over members ({reason})",
+            "members run one by one",
+        )
+        way.one_by_one = True
+        return result
 
     def fall_back(self, problem: str, remedy: str, kind: str | None = None) -> None:
         """Warns once that `remedy` is taken because of `problem`, or of its `kind`, or raises in strict mode."""

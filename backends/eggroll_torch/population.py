@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy, UnsupportedOperationError, formed
 from .swap import check_is_itself, named_tensors, nothing_of_members_left, replaced, seeded, swapped
+from .threads import alone
 from .trees import Parts
 
 __all__ = ["MemberWeights", "Population", "Randomness"]
@@ -175,6 +177,7 @@ class Population:
             part._whole = self
             yield part
 
+    @alone
     def state_dict(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own.
 
@@ -194,13 +197,14 @@ class Population:
         so do buffers, which the member can write to without the next one seeing it.
         """
         check_is_itself(self._model, "population.member()")
-        with swapped(self._model, self.weights.materialise(self._member(index))):
+        with swapped(self._model, self._materialised(index)):
             torch.clear_autocast_cache()  # which holds casts of the weights that were there before
             try:
                 yield self._model
             finally:
                 torch.clear_autocast_cache()
 
+    @alone
     def lora(self, index: int) -> dict[str, Tensor]:
         """The low-rank perturbations of member `index` as a LoRA adapter in PEFT's layout, exact, without an SVD.
 
@@ -228,10 +232,18 @@ class Population:
                     scores.append(fitness_fn(model))
         return scores
 
+    @alone
+    def _materialised(self, index: int) -> dict[str, Tensor]:
+        return self.weights.materialise(self._member(index))
+
     def _member(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` must be in [0, {len(self)}), got {index}")
-        return self._members[index]
+        try:
+            place = operator.index(index)
+        except TypeError:
+            raise TypeError(f"`index` must be an int, got {index!r}") from None
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"`index` must be in [{-len(self)}, {len(self)}), got {place}")
+        return self._members[place]
 
     def chunk_size(self, *args: Any, per_member: bool = False, **kwargs: Any) -> int:
         """How many members such a call evaluates at a time."""
@@ -268,13 +280,14 @@ class Population:
         return collected.tree()
 
     @torch.no_grad()
+    @alone
     def _run_chunk(self, call: "_Call", members: range, compiler: Compiler) -> "_Outputs":
         weights = self.weights
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
         # Copies of the inputs are made until a call has shown that the model does not write to them.
         given = call.inputs(members.start - self._members.start, len(members))
-        writes, way = weights.policy.writes_to_inputs, (call.method, self._model.training)
-        copied = writes.get(way, True)
+        way = weights.policy.ways[call.method, self._model.training]
+        copied = way.fills_tensors or way.writes_to_inputs is not False
         inputs = [tensor.clone() for tensor in given] if copied else given
         counted = not torch.is_inference_mode_enabled()  # where tensors count how often they were written to
         versions = [tensor._version for tensor in inputs] if counted else []
@@ -291,7 +304,7 @@ class Population:
             bound = bound | {name: buffer.clone() for name, buffer in buffers.items()}
             randomness = torch.zeros_like(index) if self._randomness == "same" else index
             own = {id(names[name]): tensor for name, tensor in bound.items()}
-            with MemberMode(randomness, key, own), replaced(self._model, names, bound):
+            with MemberMode(randomness, key, own, way.fills_tensors), replaced(self._model, names, bound):
                 return outputs.take_apart(getattr(self._model, call.method)(*args, **kwargs))
 
         def run_all(
@@ -313,19 +326,21 @@ class Population:
 
         def run_vectorised() -> list[Tensor]:
             mine, shared = weights.batched(members), weights.shared(members)
+            # An attempt before may have written to its copies.
+            tensors = [tensor.clone() for tensor in given] if way.fills_tensors else inputs
             with self._seeded(members.start):
                 if not compiler.enabled:
                     with nothing_of_members_left(self._model):
-                        return run_all(index, key, mine, shared, {}, buffers, inputs)
+                        return run_all(index, key, mine, shared, {}, buffers, tensors)
                 # A record would hold on to the tensors that it saw in the model: they are handed to it.
                 held = {n: tensor for n, tensor in names.items() if n not in {*mine, *shared, *buffers}}
                 function = Function(run_all, outputs.parts_alone, functools.partial(self._kind, call), self._model)
-                arguments = (index, key, mine, shared, held, buffers, inputs)
-                tensors, outputs.parts = compiler.run(function, call.kind, arguments, weights.policy)
-                return tensors
+                arguments = (index, key, mine, shared, held, buffers, tensors)
+                returned, outputs.parts = compiler.run(function, call.kind, arguments, weights.policy)
+                return returned
 
         def run_one_by_one() -> list[Tensor]:
-            writes[way] = True  # members come one after another: each gets a copy of its own
+            way.writes_to_inputs = True  # members come one after another: each gets a copy of its own
             outputs.clear()
             weights.prepare(members)
             fresh = call.inputs(members.start - self._members.start, len(members))
@@ -337,13 +352,13 @@ class Population:
                     rows.append(run_member(index[i], key, bound, buffers, alone))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
-        outputs.tensors = weights.policy.run(run_vectorised, run_one_by_one)
+        outputs.tensors = weights.policy.run(way, run_vectorised, run_one_by_one)
         weights.policy.forward_passes += 1
         written = counted and versions != [tensor._version for tensor in inputs]
-        if counted and copied and not writes.get(way):
-            writes[way] = written or not all(map(_equal, inputs, given))
+        if counted and copied and not way.writes_to_inputs:
+            way.writes_to_inputs = written or not all(map(_equal, inputs, given))
         elif written and not copied:
-            writes[way] = True
+            way.writes_to_inputs = True
             raise RuntimeError(
                 "the model wrote to its inputs, which it did not in calls before: they are no longer what they were. "
                 "From now on it gets copies"

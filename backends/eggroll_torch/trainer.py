@@ -164,6 +164,8 @@ class EGGROLLTrainer(Trainer):
             )
             self._policy = Policy(strict=as_bool("strict", strict))
             self.unused = as_choice("unused", unused, ("raise", "ignore"))
+            if noise is not None and not isinstance(noise, Mapping):
+                raise TypeError(f"`noise` must be a mapping from name patterns, got {noise!r}")
             self._patterns = None if noise is None else dict(noise)
             self.fused = as_bool("fused", fused)
         super().__init__(

@@ -13,6 +13,7 @@ from core.support import recorded
 from torch import Tensor, nn
 
 from eggroll.torch import EGGROLLTrainer, Population
+from eggroll_torch.perturbed import Way
 
 
 def mlp(*sizes: int, seed: int = 0, bias: bool = True) -> nn.Sequential:
@@ -46,6 +47,11 @@ def make_trainer(model: nn.Module | None = None, **options: Any) -> EGGROLLTrain
     if "params" not in options:
         options["params"] = model.parameters()
     return EGGROLLTrainer(**{"model": model, "population_size": 8, "seed": 0, **options})
+
+
+def run_one_by_one(trainer: EGGROLLTrainer) -> None:
+    """Has the members of a trainer's populations run one by one, as if the model could not be vectorised."""
+    trainer._policy.ways.default_factory = lambda: Way(one_by_one=True)
 
 
 def scores(members: int = 8, seed: int = 0) -> Tensor:

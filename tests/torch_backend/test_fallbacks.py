@@ -1,5 +1,6 @@
 """What has no rule works and says so, once; what cannot work is an error that names it, and changes nothing."""
 
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -52,7 +53,7 @@ NO_RULE: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "times a tensor": (lambda m, x: F.linear(x, m.weight * m.bias[:, None]), "mul"),
     "column": (lambda m, x: x[:, :4] + m.weight[:, 1] + m.bias, "__getitem__"),
     "mask": (lambda m, x: F.linear(x, m.weight[torch.tensor([True, False, True, True])]) + m.bias[0], "__getitem__"),
-    "conjugate transpose": (lambda m, x: x @ m.weight.H + m.bias, "the attribute 'H'"),
+    "real part": (lambda m, x: x @ m.weight.real.T + m.bias, "the attribute 'real'"),
     "output": (lambda m, x: (m.weight, m.bias), "the model's output"),
 }
 
@@ -152,6 +153,57 @@ def test_data_dependent_models_run_one_by_one(name: str, chunk_size: int | None)
         assert all("members run one by one" in message for message in said)
         for i in range(MEMBERS):
             assert_close(outputs[i], alone(population, i, X), 1e-6)
+        trainer.tell(torch.randn(MEMBERS))
+
+
+def test_a_method_that_runs_one_by_one_leaves_the_others_alone() -> None:
+    model = Model(lambda m, x: F.linear(x, m.weight, m.bias))
+    model.branch = functools.partial(branching, model)
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    population = make_trainer(model, population_size=MEMBERS).ask()
+    caught_in(lambda: population.call("branch", X))
+    population(X)
+    assert len(runs) == 1
+
+
+def filled(m: Model, x: Tensor) -> Tensor:
+    out = torch.empty(5, 4)
+    for row in range(5):
+        out[row] = F.linear(x[row], m.weight, m.bias)
+    return out
+
+
+def doubled(m: Model, x: Tensor) -> Tensor:
+    x.mul_(2)  # once, however often it is tried
+    return torch.zeros(5, 4).add_(F.linear(x, m.weight, m.bias))
+
+
+FILLED: dict[str, Callable[[Model, Tensor], Any]] = {
+    "rows": filled,
+    "sums": lambda m, x: torch.zeros(2, 4).index_add_(0, torch.arange(5) % 2, F.linear(x, m.weight, m.bias)),
+    "like the input": lambda m, x: x.new_full((5, 4), 1.0).mul_(F.linear(x, m.weight, m.bias)),
+    "flags": lambda m, x: torch.zeros(5, 4, dtype=torch.bool).logical_or_(F.linear(x, m.weight, m.bias) > 0),
+    "after the input": doubled,
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 4}, {"randomness": "same"}, {"compile": {"backend": "eager"}}]
+)
+@pytest.mark.parametrize("name", FILLED)
+def test_members_fill_tensors_that_the_model_makes(name: str, options: dict[str, Any]) -> None:
+    """All at once, which strict asks for, although `torch.vmap` allows no such writes."""
+    trainer = make_trainer(Model(FILLED[name]), population_size=MEMBERS, sigma=0.3, strict=True, **options)
+    x = X.clone()
+    for _ in range(3):
+        population = trainer.ask()
+        outputs = population(x)
+        assert torch.equal(x, X)
+        for i in range(MEMBERS):
+            expected = alone(population, i, X.clone())
+            assert outputs[i].dtype == expected.dtype
+            assert_close(outputs[i].float(), expected.float(), 1e-5)
         trainer.tell(torch.randn(MEMBERS))
 
 

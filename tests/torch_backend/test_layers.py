@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_backend.support import run_one_by_one
 
 from eggroll.torch import EGGROLLTrainer, MaterialisedWarning
 
@@ -145,6 +146,30 @@ CASES = {
     "einsum, heads": Case(
         lambda: Call(lambda m, x: torch.einsum("bi,hdi->bhd", x, m.w.view(4, 10, WIDTH)), w=(40, WIDTH)), rows
     ),
+    "einsum, any axes": Case(
+        lambda: Call(lambda m, x: torch.einsum("...i, oi -> o...", x, m.w), w=(40, WIDTH)), features(2, 1, WIDTH)
+    ),
+    "einsum, any axes, which are none": Case(
+        lambda: Call(lambda m, x: torch.einsum("oi,...i->...o", m.w, x), w=(40, WIDTH)), features(WIDTH)
+    ),
+    "einsum, output not said": Case(lambda: Call(lambda m, x: torch.einsum("zi,ia", x, m.w), w=(WIDTH, 40)), rows),
+    "einsum, neither axes nor output said": Case(
+        lambda: Call(lambda m, x: torch.einsum("...i,ia", x, m.w), w=(WIDTH, 40)), features(2, 1, WIDTH)
+    ),
+    "tensordot": Case(
+        lambda: Call(lambda m, x: torch.tensordot(x, m.w, 1) @ torch.tensordot(m.w, x, ([0], [-1])), w=(WIDTH, 40)),
+        rows,
+    ),
+    "tensordot of experts": Case(
+        lambda: Call(lambda m, x: torch.tensordot(x, m.w, dims=[(1,), (-1,)]), w=(3, 40, WIDTH)), rows
+    ),
+    "inner": Case(lambda: Call(lambda m, x: x.inner(m.w).T + torch.inner(m.w, x), w=(40, WIDTH)), rows),
+    "bilinear": Case(
+        lambda: Call2(nn.Bilinear(WIDTH, 20, 10), lambda x: (x, x[..., :20].sin())), features(2, 1, WIDTH)
+    ),
+    "bilinear without bias": Case(
+        lambda: Call2(nn.Bilinear(WIDTH, 20, 10, bias=False), lambda x: (x, x[..., :20])), features(WIDTH)
+    ),
     "experts, bmm": Case(lambda: Call(lambda m, x: torch.bmm(x, m.w.mT), w=(3, 40, WIDTH)), features(3, ROWS, WIDTH)),
     "experts, einsum": Case(lambda: Call(lambda m, x: torch.einsum("bi,eoi->beo", x, m.w), w=(3, 40, WIDTH)), rows),
     "x @ W, 3-d": Case(lambda: Call(lambda m, x: x @ m.w, w=(WIDTH, 40)), features(2, 1, WIDTH)),
@@ -191,6 +216,16 @@ CASES = {
         lambda: Call(lambda m, x: x @ m.w.swapaxes(-1, 1).select(0, -2), w=(3, 40, WIDTH)), rows
     ),
     "cast weight": Case(lambda: Call(lambda m, x: F.linear(x.float(), m.w.float()), w=(40, WIDTH)), rows),
+    "transposed in other words": Case(
+        lambda: Call(
+            lambda m, x: sum(
+                x @ w
+                for w in (m.w.H, m.w.mH, m.w.adjoint(), m.w.movedim(0, -1), m.w.swapdims(0, 1), m.w.moveaxis(1, 0))
+            ),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
     "data of a weight": Case(lambda: Call(lambda m, x: F.linear(x, m.w.data), w=(40, WIDTH)), rows),
     "row": Case(lambda: Call(lambda m, x: x + m.w[3], w=(40, WIDTH)), rows),
     "lookup by index": Case(lambda: Call(lambda m, i: m.w[i], w=(50, WIDTH)), indices(ROWS)),
@@ -212,7 +247,7 @@ CASES = {
     "conv2d, depthwise": conv(nn.Conv2d, (6, 5), kernel_size=(3, 2), groups=8, bias=False),
     "conv2d, 1x1": conv(nn.Conv2d, (3, 3), kernel_size=1),
     "conv2d without a batch axis": Case(lambda: nn.Conv2d(8, 16, 3), features(8, 6, 5), guarded=False),
-    "conv3d": conv(nn.Conv3d, (4, 4, 3), kernel_size=(2, 3, 2), stride=(1, 1, 2)),
+    "conv3d": conv(nn.Conv3d, (4, 4, 3), kernel_size=(2, 3, 2), stride=(1, 2, 1)),
     "pooled, channels last": Case(
         lambda: Call(lambda m, x: F.adaptive_avg_pool2d(F.linear(x, m.w).permute(0, 3, 1, 2), 1), w=(40, WIDTH)),
         features(ROWS, 3, 2, WIDTH),
@@ -362,7 +397,7 @@ def test_chunked_and_one_by_one_give_the_same(name: str) -> None:
         whole = trainer_of(model).ask()(x, per_member=True)
         chunked = trainer_of(model, chunk_size=5).ask()(x, per_member=True)
         alone = trainer_of(model)
-        alone._policy.one_by_one = True
+        run_one_by_one(alone)
         one_by_one = alone.ask()(x, per_member=True)
     for other in (chunked, one_by_one):
         for a, b in zip(tensors_of(whole), tensors_of(other), strict=True):

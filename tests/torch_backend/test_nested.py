@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch_backend.support import assert_close, make_trainer
+from torch_backend.support import assert_close, make_trainer, run_one_by_one
 
 MEMBERS = 6
 
@@ -107,7 +107,8 @@ def tensors(outputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["vectorised", "one by one"])
 def test_structures_go_through(chunk_size: int | None, per_member: bool, one_by_one: bool) -> None:
     trainer = make_trainer(Model(), population_size=MEMBERS, noise_reuse=2, chunk_size=chunk_size, sigma=0.3)
-    trainer._policy.one_by_one = one_by_one
+    if one_by_one:
+        run_one_by_one(trainer)
     population = trainer.ask()
     args, kwargs = inputs(MEMBERS if per_member else None)
     outputs = population(*args, per_member=per_member, **kwargs)

@@ -246,7 +246,7 @@ def test_length_and_indices():
     assert len(population) == MEMBERS
     assert_identical(population.state_dict(-1), population.state_dict(MEMBERS - 1))
     for index in (MEMBERS, -MEMBERS - 1):
-        with pytest.raises(IndexError, match=rf"`index` must be in \[0, 8\), got {index}"):
+        with pytest.raises(IndexError, match=rf"`index` must be in \[-8, 8\), got {index}"):
             population.state_dict(index)
 
 
@@ -592,3 +592,48 @@ def test_a_model_that_is_a_member_is_not_taken_for_itself():
     assert_identical(run_state(trainer), before)
     population(x)
     trainer.tell(scores(MEMBERS))
+
+
+class Slow(nn.Module):
+    """A layer within which a second thread may begin, if it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.inside, self.another = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inside.is_set():
+            self.another.set()
+        self.inside.set()
+        self.another.wait(0.2)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda part: part(torch.ones(2, 3)),
+        lambda part: part.state_dict(0),
+        lambda part: part.lora(0),
+        lambda part: part.evaluate(lambda model: float(model.layer(torch.ones(3)).sum())),
+    ],
+    ids=["call", "state_dict", "lora", "evaluate"],
+)
+def test_threads_have_members_one_after_another(second: Callable[[Any], Any]):
+    trainer = make_trainer(Slow(), population_size=8)
+    parts = list(trainer.ask().chunks(4))
+    x = torch.ones(2, 3)
+    trainer.model.another.set()
+    expected = parts[0](x), second(parts[1])
+    trainer.model.another.clear()
+    trainer.model.inside.clear()
+    parameters = list(trainer.model.parameters())
+    found = []
+    thread = threading.Thread(target=lambda: found.append(parts[0](x)))
+    thread.start()
+    assert trainer.model.inside.wait(60)
+    of_second = second(parts[1])
+    thread.join()
+    assert_identical((*found, of_second), expected)
+    assert all(mine is theirs for mine, theirs in zip(trainer.model.parameters(), parameters, strict=True))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_backend.support import make_trainer, scores
+from torch_backend.support import make_trainer, run_one_by_one, scores
 
 from eggroll.torch import EGGROLLTrainer
 
@@ -102,7 +102,8 @@ def model_of(name: str) -> nn.Module:
 
 def outputs_of(name: str, one_by_one: bool = False, **options: Any) -> Tensor:
     trainer = trainer_of(model_of(name), **options)
-    trainer._policy.one_by_one = one_by_one
+    if one_by_one:
+        run_one_by_one(trainer)
     return trainer.ask()(X)
 
 
@@ -166,7 +167,8 @@ def test_what_draws_from_the_generator_is_reproducible(randomness: str) -> None:
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["vectorised", "one by one"])
 def test_the_global_generator_is_left_alone(name: str, one_by_one: bool) -> None:
     trainer = trainer_of(model_of(name), chunk_size=4)
-    trainer._policy.one_by_one = one_by_one
+    if one_by_one:
+        run_one_by_one(trainer)
     before = torch.get_rng_state()
     trainer.ask()(X)
     assert torch.equal(torch.get_rng_state(), before)
@@ -305,7 +307,8 @@ def test_uniform_numbers_of_a_narrow_dtype_stay_below_1(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_a_single_number(draw: Callable[[], Tensor], one_by_one: bool) -> None:
     trainer = trainer_of(Random(lambda x: x + draw()))
-    trainer._policy.one_by_one = one_by_one
+    if one_by_one:
+        run_one_by_one(trainer)
     assert differing(trainer.ask()(X)) == MEMBERS - 1
 
 

@@ -1,5 +1,6 @@
 """Products with a perturbed matrix, or with a stack of them: ``x @ W.T + scale * (x @ B) @ A.T``."""
 
+import string
 from typing import Any
 
 import torch
@@ -135,10 +136,47 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
     if len(operands) != 2 or not isinstance(equation, str):
         return NotImplemented
+    return _contracted(equation, operands)
+
+
+def _contracted(equation: str, operands: Any) -> Any:
     if isinstance(operands[0], PerturbedWeight) and isinstance(operands[1], PerturbedWeight):
         return NotImplemented
     plan = _Contraction.parse(equation, operands)
     return NotImplemented if plan is None else plan.run()
+
+
+@rule(torch.tensordot)
+def _tensordot(a, b, dims=2, out=None):
+    if out is not None or isinstance(dims, Tensor):
+        return NotImplemented
+    axes_a, axes_b = (range(-dims, 0), range(dims)) if isinstance(dims, int) else dims
+    if len(axes_a) != 1 or len(axes_b) != 1:
+        return NotImplemented  # a perturbed weight is contracted over one of its axes
+    labels_a, labels_b = _LABELS[: a.ndim], _LABELS[a.ndim : a.ndim + b.ndim]
+    both, other = labels_a[axes_a[0]], labels_b[axes_b[0]]
+    rest = labels_a.replace(both, "") + labels_b.replace(other, "")
+    return _contracted(f"{labels_a},{labels_b.replace(other, both)}->{rest}", (a, b))
+
+
+@rule(torch.inner, torch.Tensor.inner)
+def _inner(input, other):
+    return _tensordot(input, other, dims=((-1,), (-1,)))
+
+
+@rule(F.bilinear)
+def _bilinear(input1, input2, weight, bias=None):
+    """``sum(x1 * (x2 @ W_i[o].T))`` for each output `o`: `weight` is a stack of matrices ``(out, in1, in2)``."""
+    perturbed = isinstance(weight, PerturbedWeight) and weight.noise.kernel is None
+    if not perturbed or any(isinstance(other, PerturbedWeight) for other in (input1, input2, bias)):
+        return NotImplemented
+    # As many numbers as the weight has for every row of its first input.
+    right = _contracted("rj,oij->ori", (input2.reshape(-1, input2.shape[-1]), weight))
+    out = (right * input1.reshape(-1, input1.shape[-1])).sum(-1).mT.reshape(*input1.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+_LABELS = string.ascii_letters
 
 
 class _Contraction:
@@ -152,12 +190,20 @@ class _Contraction:
     def parse(cls, equation: str, operands: Any) -> "_Contraction | None":
         """The contraction, or None where it is not a plain product with the weight."""
         inputs, arrow, output = equation.replace(" ", "").partition("->")
+        if not arrow:
+            once = (label for label in inputs if label.isalpha() and inputs.count(label) == 1)
+            output = "..." * ("..." in inputs) + "".join(sorted(once))
         left, comma, right = inputs.partition(",")
-        if not (arrow and comma) or "." in equation:
+        if not comma:
             return None
         first_is_weight = isinstance(operands[0], PerturbedWeight)
         x, weight = reversed(operands) if first_is_weight else operands
         x_labels, w_labels = (right, left) if first_is_weight else (left, right)
+        free = [label for label in _LABELS if label not in equation]
+        dots = "".join(free[: x.ndim - len(x_labels.replace("...", ""))])
+        x_labels, output = x_labels.replace("...", dots), output.replace("...", dots)
+        if "." in x_labels + w_labels + output or len(x_labels) != x.ndim:
+            return None
         if weight.noise.kernel is not None or not 2 <= len(w_labels) == weight.ndim <= 3:
             return None
         row, column = w_labels[-2], w_labels[-1]

@@ -51,20 +51,23 @@ def _row(weight: PerturbedWeight, index: int) -> Tensor:
 
 _T: Any = torch.Tensor.T
 _MT: Any = torch.Tensor.mT
+_H: Any = torch.Tensor.H
+_MH: Any = torch.Tensor.mH
 _DATA: Any = torch.Tensor.data
 
 
-@rule(_T.__get__, torch.t, torch.Tensor.t)
+@rule(_T.__get__, _H.__get__, torch.t, torch.Tensor.t)
 def _t(input):
     return transposed(input) if input.is_matrix else NotImplemented
 
 
-@rule(_MT.__get__)
+@rule(_MT.__get__, _MH.__get__, torch.adjoint, torch.Tensor.adjoint)
 def _m_t(input):
     return transposed(input) if input.noise.kernel is None else NotImplemented
 
 
-@rule(torch.transpose, torch.Tensor.transpose, torch.swapaxes, torch.Tensor.swapaxes)
+@rule(torch.transpose, torch.Tensor.transpose)
+@rule(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims)
 def _transpose(input, dim0, dim1):
     if input.noise.kernel is not None:
         return NotImplemented
@@ -83,6 +86,13 @@ def _permute(input, *args, dims=None):
     if order == identity:
         return input
     return transposed(input) if order == [*identity[:-2], identity[-1], identity[-2]] else NotImplemented
+
+
+@rule(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis)
+def _movedim(input, source, destination):
+    # The axes of a tensor without storage are moved in its place.
+    axes = torch.empty(list(range(2, 2 + input.ndim)), device="meta").movedim(source, destination).shape
+    return _permute(input, [length - 2 for length in axes])
 
 
 @rule(torch.Tensor.__getitem__)
