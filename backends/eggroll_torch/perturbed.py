@@ -40,12 +40,15 @@ class Way:
 
     Attributes:
         writes_to_inputs: whether the model changes its inputs in place, once it has run.
-        fills_tensors: whether the model makes tensors, such as zeros, and puts what members compute into them.
+        fills_tensors: whether the model puts what members compute into tensors that it makes, such as zeros, or
+            into its buffers.
+        own_buffers: the names of those buffers.
         one_by_one: the model cannot be vectorised over members.
     """
 
     writes_to_inputs: bool | None = None
     fills_tensors: bool = False
+    own_buffers: frozenset[str] = frozenset()
     one_by_one: bool = False
 
 
@@ -86,8 +89,23 @@ class Policy:
             yield
         self.forward_passes += bool(self.used)
 
-    def run(self, way: Way, vectorised: Callable[[], Any], one_by_one: Callable[[], Any]) -> Any:
-        """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once."""
+    def run(
+        self,
+        way: Way,
+        vectorised: Callable[[], Any],
+        written_to: Callable[[], frozenset[str]],
+        one_by_one: Callable[[], Any],
+    ) -> Any:
+        """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once.
+
+        Before that it is tried whether it is enough that members have tensors of their own to write to.
+
+        Args:
+            way: how the call runs, which is noted there.
+            vectorised: runs all members at once.
+            written_to: runs one member alone; the names of the buffers that it has written to.
+            one_by_one: runs members one by one.
+        """
         if way.one_by_one:
             return one_by_one()
         try:
@@ -97,12 +115,13 @@ class Policy:
         except Exception as error:
             problem = error
         if not way.fills_tensors:
+            # Not every error means that vmap is at fault: if members fail alone too, theirs is the true one.
+            way.own_buffers = written_to()
             way.fills_tensors = True
             try:
                 return vectorised()
             except Exception:
-                way.fills_tensors = False
-        # Not every error means that vmap is at fault: if members fail one by one too, theirs is the true one.
+                way.fills_tensors, way.own_buffers = False, frozenset()
         result = one_by_one()
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         self.fall_back(

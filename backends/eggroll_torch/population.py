@@ -297,11 +297,14 @@ class Population:
         held_by_modules = named_tensors(self._model)
         names, buffers = held_by_modules.all(), held_by_modules.buffers
 
-        def run_member(
-            index: Tensor, key: Tensor, bound: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
-        ) -> list[Tensor]:
+        def copied_for(index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: torch.where(index >= 0, buffer, buffer) if name in way.own_buffers else buffer.clone()
+                for name, buffer in buffers.items()
+            }
+
+        def run_member(index: Tensor, key: Tensor, bound: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
             args, kwargs = call.arguments(inputs)
-            bound = bound | {name: buffer.clone() for name, buffer in buffers.items()}
             randomness = torch.zeros_like(index) if self._randomness == "same" else index
             own = {id(names[name]): tensor for name, tensor in bound.items()}
             with MemberMode(randomness, key, own, way.fills_tensors), replaced(self._model, names, bound):
@@ -317,7 +320,8 @@ class Population:
             inputs: list[Tensor],
         ) -> list[Tensor]:
             def run(index: Tensor, place: Tensor, mine: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-                return run_member(index, key, held | weights.bind(place, mine, shared), buffers, inputs)
+                bound = weights.bind(place, mine, shared)
+                return run_member(index, key, held | bound | copied_for(index, buffers), inputs)
 
             outputs.clear()
             in_dims = (0, 0, 0, 0 if call.per_member else None)
@@ -339,20 +343,27 @@ class Population:
                 returned, outputs.parts = compiler.run(function, call.kind, arguments, weights.policy)
                 return returned
 
+        def run_alone(place: int, given: list[Tensor], copies: dict[str, Tensor]) -> list[Tensor]:
+            with self._seeded(members[place]):
+                alone = [tensor.clone() for tensor in call.of_member(given, place)]
+                bound = weights.bind(index[place], weights.materialise(members[place]), {})
+                return run_member(index[place], key, bound | copies, alone)
+
+        def written_to() -> frozenset[str]:
+            outputs.clear()
+            copies = copied_for(index[0], buffers)
+            run_alone(0, call.inputs(members.start - self._members.start, 1), copies)
+            return frozenset(name for name, copy in copies.items() if counted and copy._version)
+
         def run_one_by_one() -> list[Tensor]:
             way.writes_to_inputs = True  # members come one after another: each gets a copy of its own
             outputs.clear()
             weights.prepare(members)
             fresh = call.inputs(members.start - self._members.start, len(members))
-            rows = []
-            for i, member in enumerate(members):
-                with self._seeded(member):
-                    alone = [tensor.clone() for tensor in call.of_member(fresh, i)]
-                    bound = weights.bind(index[i], weights.materialise(member), {})
-                    rows.append(run_member(index[i], key, bound, buffers, alone))
+            rows = [run_alone(place, fresh, copied_for(index[place], buffers)) for place in range(len(members))]
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
-        outputs.tensors = weights.policy.run(way, run_vectorised, run_one_by_one)
+        outputs.tensors = weights.policy.run(way, run_vectorised, written_to, run_one_by_one)
         weights.policy.forward_passes += 1
         written = counted and versions != [tensor._version for tensor in inputs]
         if counted and copied and not way.writes_to_inputs:
