@@ -347,7 +347,7 @@ def _linear(
             *A.arguments,
             narrow_table(A.precision, A.values),
             _project(x, B, draws, rank),
-            signs,
+            signs.contiguous(),
             scale,
             bias_scale,
             out,

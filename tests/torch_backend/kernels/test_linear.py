@@ -267,6 +267,7 @@ def test_strided_arguments(shared: bool, dtype: torch.dtype, device: torch.devic
         "B": views[:, :17],
         "weight": layer.weight.mT.contiguous().mT,
         "x": torch.stack([layer.x, layer.x + 1], dim=-1)[..., 0],
+        "signs": torch.stack([layer.signs, layer.signs + 1], dim=-1)[..., 0],
     }
     assert not any(tensor.is_contiguous() for tensor in strided.values())
     assert error(layer.stored(**strided), expected) < TOLERANCES[dtype]
