@@ -11,6 +11,9 @@ first; the next run goes on where one stopped, on the same GPU with the same sof
 """
 
 import argparse
+import functools
+import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -35,7 +38,7 @@ WIDTHS = (8192, 4096, 1024)
 POPULATIONS = (1024, 64, 256, 4096, 8192)
 RANKS = (1, 4, 16)
 SCALE = 0.01
-MLP_MEMBERS, MLP_WIDTH, MLP_ROWS = 65_536, 256, 16
+MLP_MEMBERS, MLP_WIDTH, MLP_ROWS, MLP_CHUNK = 65_536, 256, 16, 8192
 REPEATS = 21
 CUDA_GRAPH = {"mode": "reduce-overhead"}
 """What the forward passes are compiled with, so that the host hands a GPU all of one at once."""
@@ -118,14 +121,18 @@ def main() -> int:
         return 1
     device = torch.device("cuda")
     started = time.monotonic()
-    report = previous(options.out, device, options.fresh)
+    report = previous(options.out, device)
     if options.list:
         print("\n".join(f"{'done' if name in report['cases'] else '    '} {name}" for name in chosen))
         return 0
+    if options.fresh:
+        for name in ("ceilings", *chosen):
+            report.pop(name, None)
+            report["cases"].pop(name, None)
     if "ceilings" not in report:
         report["ceilings"] = ceilings(device)
     for name in chosen:
-        if name in report["cases"] and not options.fresh:
+        if name in report["cases"]:
             continue
         if time.monotonic() - started > options.seconds:
             print(f"{options.seconds} seconds are over; run again for the rest, which begins with {name!r}")
@@ -141,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Benchmark of the kernels and of a generation on a GPU.")
     parser.add_argument("--only", metavar="TEXT", help="cases with this in their name, such as 'target' or 'd=1024 '")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this time")
-    parser.add_argument("--fresh", action="store_true", help="measure anew what was measured before")
+    parser.add_argument("--fresh", action="store_true", help="measure what is chosen anew")
     parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "benchmarks")
     return parser
@@ -153,11 +160,11 @@ def all_cases() -> Iterator[Case]:
         yield Case(width, members, rank, shared)
 
 
-def previous(out: Path, device: torch.device, fresh: bool) -> dict:
+def previous(out: Path, device: torch.device) -> dict:
     """The report so far. What another GPU or other software measured is not mixed with it."""
     here = {**machine(device), "triton": kernels.status(device).triton, "kernels": kernels.status(device).reason}
     path = out / f"{FILES}.json"
-    if path.exists() and not fresh:
+    if path.exists():
         report = json.loads(path.read_text())
         if report["machine"] == here:
             return report
@@ -199,6 +206,34 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     return statistics.median(times), peak
 
 
+def timed(
+    runs: dict[str, Callable[[], Callable[[], object]]], what: str, device: torch.device, repeats: int = REPEATS
+) -> dict[str, tuple[float, int]]:
+    """What `milliseconds` finds, by name. What cannot be prepared or run is left out, with a word why.
+
+    Args:
+        runs: by name what prepares a run.
+        what: is measured, for the word.
+    """
+    found = {}
+    for name, prepare in runs.items():
+        free()
+        try:
+            found[name] = milliseconds(prepare(), device, repeats)
+        except torch.AcceleratorError:
+            raise  # nothing runs on this device any more
+        except Exception as error:
+            print(f"{what}: {name} is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return found
+
+
+def free() -> None:
+    """Gives back the memory of earlier runs: CUDA graphs and what points at itself keep theirs till then."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def busy(run: Callable[[], object]) -> float:
     """Milliseconds that the GPU itself works for a run: what would be left if the host were infinitely fast."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -211,19 +246,15 @@ def busy(run: Callable[[], object]) -> float:
 def measure(case: Case, device: torch.device) -> dict:
     """Every method on one layer: median milliseconds and bytes taken."""
     torch.manual_seed(0)
-    torch.cuda.empty_cache()
+    free()
     model = nn.Linear(case.width, case.width, bias=False, device=device, dtype=torch.bfloat16)
     rows = torch.randn(case.members, case.width, device=device, dtype=torch.bfloat16)
     x = rows[:1] if case.shared else rows.unsqueeze(1)
-    found = {}
     runs = methods(case, model, rows, x)
-    for name, run in runs.items():
-        try:
-            found[name] = milliseconds(run, device)
-        except torch.OutOfMemoryError as error:
-            print(f"{case.name}: {name} does not fit: {error}", file=sys.stderr)
+    found = timed(runs, case.name, device)
     if "generation" in found:
-        found["generation, GPU busy"] = busy(runs["generation"]), found["generation"][1]
+        found["generation, GPU busy"] = busy(warm(runs["generation"]())), found["generation"][1]
+    free()
     full, seconds_of_full = full_rank(case, model, x, device)
     return {
         "width": case.width,
@@ -236,8 +267,16 @@ def measure(case: Case, device: torch.device) -> dict:
     }
 
 
-def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; `rows` are those of the plain model."""
+def warm(run: Callable[[], object]) -> Callable[[], object]:
+    """A run that is not the first."""
+    run()
+    return run
+
+
+def methods(
+    case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What prepares what is timed, by name; `rows` are those of the plain model."""
     weight, device = model.weight, rows.device
     signs = torch.ones(case.members, device=device)
     signs[1::2] = -1
@@ -248,7 +287,7 @@ def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -
         return EGGROLLTrainer(
             model.parameters(),
             model=model,
-            population_fitness_fn=lambda population: score(population(x, per_member=not case.shared).float()),
+            population_fitness_fn=lambda population: length(population(x, per_member=not case.shared)),
             population_size=case.members,
             rank=case.rank,
             antithetic=True,
@@ -257,77 +296,101 @@ def methods(case: Case, model: nn.Linear, rows: torch.Tensor, x: torch.Tensor) -
             fused=True,
             snapshots=False,
             compile=compile,
+            strict=True,
         )
 
-    chosen: dict[str, Callable[[], object]] = {
-        "pure inference": lambda: linear(rows, weight),
-        "two products": lambda: (linear(rows, weight), torch.mm(terms[0].mT, terms[1])),
-        "generation": trainer().step,
-        "generation, CUDA graph": trainer(CUDA_GRAPH).step,
+    chosen: dict[str, Callable[[], Callable[[], object]]] = {
+        "pure inference": lambda: lambda: linear(rows, weight),
+        "two products": lambda: lambda: (linear(rows, weight), torch.mm(terms[0].mT, terms[1])),
+        "generation": lambda: trainer().step,
+        "generation, CUDA graph": lambda: trainer(CUDA_GRAPH).step,
     }
     if kernels.usable(rows):
         from eggroll_torch.kernels.linear import linear_of_members, linear_of_members_drawn
-        from eggroll_torch.kernels.noise import draw_rows, fold_in
+        from eggroll_torch.kernels.noise import draw_factors, fold_in
+        from eggroll_torch.kernels.update import add_low_rank_sum_
 
         key = torch.from_numpy(prng.key(0).view("int32")).to(device).view(1, 2)
         keys = fold_in(key, draws)[:, 0]
-        length = 2 * case.width * case.rank
-        counter = torch.arange(length, dtype=torch.int32, device=device)
-        noise = draw_rows(keys.unsqueeze(1), torch.zeros_like(counter), counter, "float32", torch.bfloat16)
-        B, A = noise.view(len(draws), 2 * case.width, case.rank).split(case.width, dim=1)
+        A, B = draw_factors(keys, None, case.rank, case.width, case.width, "float32", "threefry", torch.bfloat16)
+        coefficients = torch.linspace(-1, 1, len(draws), device=device)
+        total = torch.zeros_like(weight)
 
         def on_the_fly(fused: bool | None = None, rng: str = "threefry") -> torch.Tensor:
             keys = fold_in(key, draws)[:, 0]
             return linear_of_members_drawn(x, weight, None, keys, case.rank, signs, SCALE, rng=rng, fused=fused)
 
-        chosen["forward, drawn"] = on_the_fly
-        chosen["forward, Philox"] = lambda: on_the_fly(rng="philox")
+        def update_of_library() -> torch.Tensor:
+            left = (A.mT * coefficients.view(-1, 1, 1)).to(A.dtype)
+            return total.addmm_(left.flatten(0, 1).mT, B.mT.flatten(0, 1), alpha=1e-6)
+
+        chosen["forward, drawn"] = lambda: on_the_fly
+        chosen["forward, Philox"] = lambda: lambda: on_the_fly(rng="philox")
         if not case.shared:
             # Which one "forward, drawn" is depends on the width alone.
-            chosen["forward, one kernel"] = lambda: on_the_fly(fused=True)
-            chosen["forward, library"] = lambda: on_the_fly(fused=False)
-        chosen["forward, stored"] = lambda: linear_of_members(x, weight, None, A, B, signs, SCALE)
+            chosen["forward, one kernel"] = lambda: lambda: on_the_fly(fused=True)
+            chosen["forward, library"] = lambda: lambda: on_the_fly(fused=False)
+            # The same sum, with factors that are in memory.
+            chosen["update, one kernel"] = lambda: (
+                lambda: add_low_rank_sum_(total, coefficients, A, B, torch.bfloat16, 1e-6)
+            )
+            chosen["update, library"] = lambda: update_of_library
+        chosen["forward, stored"] = lambda: lambda: linear_of_members(x, weight, None, A, B, signs, SCALE)
     return chosen
+
+
+def length(outputs: torch.Tensor) -> torch.Tensor:
+    """A score that reads the outputs once: what is timed is not how a user scores."""
+    return -torch.linalg.vector_norm(outputs.flatten(1), dim=1, dtype=torch.float32)
 
 
 def full_rank(case: Case, model: nn.Linear, x: torch.Tensor, device: torch.device) -> tuple[int, float]:
     """A generation of full-rank evolution strategies: the largest population that fits, and its time, scaled up."""
     weight = model.weight
+    free()
     fits = int(FULL_RANK_SHARE * torch.cuda.mem_get_info(device)[0] / (weight.numel() * weight.element_size()))
     members = max(2, min(case.members, fits) // 2 * 2)
-    inputs = x.expand(members, 1, -1) if case.shared else x[:members]
 
-    def generation() -> torch.Tensor:
+    def generation(members: int) -> torch.Tensor:
+        inputs = x.expand(members, 1, -1) if case.shared else x[:members]
         noise = torch.randn(members, *weight.shape, device=device, dtype=weight.dtype)
         outputs = torch.bmm(inputs, torch.add(weight, noise, alpha=SCALE).mT)
         return torch.mv(noise.view(members, -1).mT, score(outputs))
 
-    time, _ = milliseconds(generation, device, repeats=3)
-    torch.cuda.empty_cache()
-    return members, time * case.members / members
+    while True:
+        try:
+            time, _ = milliseconds(functools.partial(generation, members), device, repeats=3)
+        except torch.OutOfMemoryError:
+            if members == 2:
+                raise
+            members = max(2, members // 4 * 2)
+            torch.cuda.empty_cache()
+        else:
+            torch.cuda.empty_cache()
+            return members, time * case.members / members
 
 
 @torch.no_grad()
 def measure_mlp(device: torch.device) -> dict:
     """A generation of the small MLP with very many members, here and in EvoX, float32 on the tensor cores."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # the way that Inductor of PyTorch 2.9 and 2.10 knows, too
     try:
         return _measure_mlp(device)
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 def _measure_mlp(device: torch.device) -> dict:
     torch.manual_seed(0)
-    torch.cuda.empty_cache()
+    free()
     widths = (MLP_WIDTH,) * 4
     model, x = mlp(*widths).to(device), torch.randn(MLP_ROWS, MLP_WIDTH, device=device)
     target = torch.randint(MLP_WIDTH, (MLP_ROWS,), device=device)
     loss = nn.CrossEntropyLoss()
 
     def fitness(population):
-        return torch.cat([-torch.vmap(loss, (0, None))(part(x), target) for part in population.chunks(8192)])
+        return torch.cat([-torch.vmap(loss, (0, None))(part(x), target) for part in population.chunks(MLP_CHUNK)])
 
     def trainer(compile: bool | dict = False) -> EGGROLLTrainer:
         return EGGROLLTrainer(
@@ -336,22 +399,21 @@ def _measure_mlp(device: torch.device) -> dict:
             population_fitness_fn=fitness,
             population_size=MLP_MEMBERS,
             antithetic=True,
-            chunk_size=8192,
+            chunk_size=MLP_CHUNK,
             learning_rate=1e-6,
             seed=0,
             compile=compile,
+            strict=True,
         )
 
-    rows = torch.randn(8192 * MLP_ROWS, MLP_WIDTH, device=device)
-    found = {
-        "pure inference": milliseconds(lambda: [model(rows) for _ in range(MLP_MEMBERS // 8192)], device, 5),
-        "generation": milliseconds(trainer().step, device, 5),
-        "generation, CUDA graph": milliseconds(trainer(CUDA_GRAPH).step, device, 5),
+    rows = torch.randn(MLP_CHUNK * MLP_ROWS, MLP_WIDTH, device=device)
+    runs: dict[str, Callable[[], Callable[[], object]]] = {
+        "pure inference": lambda: lambda: [model(rows) for _ in range(MLP_MEMBERS // MLP_CHUNK)],
+        "generation": lambda: trainer().step,
+        "generation, CUDA graph": lambda: trainer(CUDA_GRAPH).step,
+        "EvoX": lambda: evox_step(x, target),
     }
-    try:
-        found["EvoX"] = milliseconds(evox_step(x, target), device, 5)
-    except Exception as error:
-        print(f"EvoX is left out: {type(error).__name__}: {error}", file=sys.stderr)
+    found = timed(runs, "mlp", device, 5)
     return {
         "members": MLP_MEMBERS,
         "milliseconds": {name: time for name, (time, _) in found.items()},
@@ -380,7 +442,10 @@ def write(report: dict, out: Path) -> None:
     draft.write_text(json.dumps(report, indent=2) + "\n")
     draft.replace(out / f"{FILES}.json")
     (out / f"{FILES}.md").write_text(table(report))
-    plots(report, out)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("Matplotlib is not installed: no plots were drawn.", file=sys.stderr)
+    else:
+        plots(report, out)
 
 
 def summary(case: dict) -> str:
@@ -445,30 +510,38 @@ def table(report: dict) -> str:
     lines += ways_of_the_product(layers)
     if "mlp" in report["cases"]:
         t = report["cases"]["mlp"]["milliseconds"]
+        both = {"EvoX", "generation"} <= t.keys()
         lines += [
             "",
             f"MLP 3 x {MLP_WIDTH}, {MLP_MEMBERS} members, {MLP_ROWS} shared rows, float32 with TF32: "
             + ", ".join(f"{name} {time:.1f} ms" for name, time in t.items())
-            + (f" ({t['EvoX'] / t['generation']:.1f} times a generation here)" if "EvoX" in t else "")
+            + (f" ({t['EvoX'] / t['generation']:.1f} times a generation here)" if both else "")
             + ".",
         ]
     return "\n".join(lines) + "\n"
 
 
 def ways_of_the_product(layers: list[dict]) -> list[str]:
-    """By width, with an input for each member: one kernel against the library's product and a kernel after it."""
-    found = []
-    for width in sorted({case["width"] for case in layers}):
-        times = [
-            (case["milliseconds"]["forward, library"] / case["milliseconds"]["forward, one kernel"])
-            for case in layers
-            if case["width"] == width and "forward, library" in case["milliseconds"]
-        ]
-        if times:
-            found.append(f"{statistics.median(times):.2f} at d = {width}")
-    if not found:
-        return []
-    return ["", f"Time with the library's product over that of one kernel, medians of cases: {', '.join(found)}."]
+    """By width, with an input for each member: one kernel against the library's product and a kernel besides."""
+    lines = []
+    for what in ("forward", "update"):
+        ways = {f"{what}, library", f"{what}, one kernel"}
+        found = []
+        for width in sorted({case["width"] for case in layers}):
+            times = [
+                case["milliseconds"][f"{what}, library"] / case["milliseconds"][f"{what}, one kernel"]
+                for case in layers
+                if case["width"] == width and ways <= case["milliseconds"].keys()
+            ]
+            if times:
+                found.append(f"{statistics.median(times):.2f} at d = {width}")
+        if found:
+            lines += [
+                "",
+                f"Time of the {what} with the library's product over that of one kernel, medians of cases: ",
+            ]
+            lines[-1] += f"{', '.join(found)}."
+    return lines
 
 
 def plots(report: dict, out: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .autocast import autocasts, without_autocast
 from .perturbed import Policy, UnsupportedOperationError
@@ -57,6 +57,8 @@ class Function:
 class _Record:
     run: Callable[..., list[Tensor]]
     extra: Any
+    of_model: tuple[int, ...]
+    """Which arguments are the model's own tensors, where a compiler has to know that."""
 
 
 _Standing = Literal["met", "refused"]
@@ -156,11 +158,19 @@ class Compiler:
         if not torch.equal(generator, torch.default_generator.get_state()):
             raise RuntimeError("it seeds PyTorch's generator")
         simplify(graph)
-        run = graph.forward if self._options == {"backend": "eager"} else torch.compile(graph, **self._options)
-        return _Record(run, function.extra())
+        if self._options == {"backend": "eager"}:  # for which `torch.compile` would add its guards, and nothing else
+            return _Record(graph.forward, function.extra(), ())
+        compiled = torch.compile(graph, **self._options)
+        return _Record(compiled, function.extra(), _of_model(function.model, tensors))
 
     @staticmethod
     def _replayed(record: _Record, tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+        # A CUDA graph copies its inputs to where it found them first, unless it is told that they stay where they
+        # are: the weights, again in every call, and as much memory. One that has moved is recorded anew.
+        tensors = list(tensors)
+        for place in record.of_model:
+            tensors[place] = tensors[place].detach()
+            torch._dynamo.mark_static_address(tensors[place], guard=False)
         # The casts of autocast are in the record.
         with without_autocast(device):
             return record.run(*tensors)
@@ -219,6 +229,18 @@ def _checked_options(compile: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"`compile` must be options that torch.compile knows, got {options!r}: {error}") from None
     return options
+
+
+def _of_model(model: nn.Module, tensors: list[Tensor]) -> tuple[int, ...]:
+    """Which of some tensors are the parameters and buffers of a model, or share their memory."""
+    own = {address for tensor in (*model.parameters(), *model.buffers()) if (address := _address(tensor))}
+    return tuple(place for place, tensor in enumerate(tensors) if _address(tensor) in own)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; 0 where it has none."""
+    has_storage = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+    return tensor.untyped_storage().data_ptr() if has_storage else 0
 
 
 def _fall_back(policy: Policy, reason: str) -> None:

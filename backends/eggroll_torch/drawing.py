@@ -22,6 +22,9 @@ from . import kernels, philox, threefry
 
 __all__ = ["Draws", "Rows", "draw_uniforms", "fold_in_each"]
 
+# Shapes of a row up to which its places are counted on the device: both factors of a matrix, or what a layer draws.
+_COUNTED = 2
+
 
 class Draws(NamedTuple):
     """Draws of one shape from keys that follow each other."""
@@ -111,6 +114,8 @@ class Rows:
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of each block of a row whose key's it is, and its counter: one word of Threefry's, three of Philox's."""
+        if 0 < len(self._draws) <= _COUNTED:
+            return self._places_counted(device)
         starts = torch.from_numpy(self._bounds // self._elements).to(device, non_blocking=True)
         runs = torch.from_numpy(self._runs.view(np.int32)).to(device, non_blocking=True)
         blocks, total = starts.diff(), self.length // self._elements
@@ -122,6 +127,23 @@ class Rows:
         if self._rng == "philox":
             counter = torch.stack([counter, of_block(runs[:, 1]), of_block(runs[:, 2])])
         return of_block(runs[:, 0]), counter
+
+    def _places_counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`_places`, counted on the device: a copy from the host's memory is not to be part of a CUDA graph."""
+        key_of, counters, first_key = [], [], 0
+        for draw, (rows, length, _) in zip(self._draws, self._shapes, strict=True):
+            blocks = length // self._elements
+            counter = torch.arange(draw.keys * rows * blocks, device=device)
+            key, row = torch.full_like(counter, first_key), torch.zeros_like(counter)
+            if draw.keys * rows > 1:
+                run, counter = counter // max(blocks, 1), counter % max(blocks, 1)
+                key, row = key + run // max(rows, 1), run % max(rows, 1)
+            if self._rng == "philox":
+                counter = torch.stack([counter, row, torch.full_like(counter, draw.stream)])
+            key_of.append(key.to(torch.int32))
+            counters.append(counter.to(torch.int32))
+            first_key += draw.keys
+        return torch.cat(key_of), torch.cat(counters, dim=-1)
 
     def _parted(self, rows: Tensor) -> list[Tensor]:
         sizes = [

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch_backend.support import assert_close, assert_identical, assert_same_run, make_trainer, mlp, run_state
@@ -597,6 +599,29 @@ def test_an_error_of_the_model_is_the_models():
 
     with pytest.raises(KeyError, match="of the model"):
         trainer_of(Fails(), strict=False).ask()(inputs())
+
+
+def test_a_graph_does_not_copy_the_model():
+    """A CUDA graph copies what it is not told to find where it was: weights, in every call, which it holds twice."""
+    stay: list[list[tuple[int, ...]]] = []
+
+    def compiler(graph: torch.fx.GraphModule, arguments: list[Tensor]) -> Callable[..., object]:
+        metadata = torch._guards.TracingContext.get().fw_metadata  # type: ignore[union-attr]
+        assert metadata is not None
+        stay.append([tuple(arguments[place].shape) for place in metadata.static_input_indices])
+        return make_boxed_func(graph.forward)
+
+    model = model_of()
+    plain, compiled = (
+        trainer_of(copy.deepcopy(model), compile=compile)
+        for compile in (RECORD, {"backend": aot_autograd(fw_compiler=compiler)})
+    )
+    assert_identical(run(compiled, 4), run(plain, 4))
+    (found,) = stay
+    # A dense parameter, a vector that is trained, is another tensor for every member.
+    own = [*(p for p in model.parameters() if p.ndim > 1 or not p.requires_grad), *model.buffers()]
+    assert sorted(found) == sorted(tuple(tensor.shape) for tensor in own)
+    assert not any(hasattr(tensor, "_dynamo_static_input_type") for tensor in compiled.model.parameters())
 
 
 def test_python_does_not_run_again():

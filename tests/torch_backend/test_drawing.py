@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll import prng
-from eggroll_torch import threefry
+from eggroll_torch import drawing, threefry
 from eggroll_torch.drawing import Draws, Rows, draw_uniforms
 
 WORDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
@@ -147,6 +147,23 @@ def test_draws_of_any_shape_side_by_side(rows: int, rng: prng.Rng):
     for draw, bits in zip(draws, together.bits(keys.to(torch.int32)), strict=True):
         own, first = keys[:, first : first + draw.keys], first + draw.keys
         assert torch.equal(bits.to(torch.uint32), prng.bits(own, draw.shape, rng=rng, stream=draw.stream))
+
+
+@on_both_paths
+@rngs
+@pytest.mark.parametrize("draws", [[draw] for draw in SHAPES] + [SHAPES[:2], SHAPES[2:4], SHAPES[5:7]], ids=str)
+def test_few_draws_are_found_as_many_are(draws: list[Draws], rng: prng.Rng, monkeypatch: pytest.MonkeyPatch):
+    """Their places are counted on the device; those of many come from the host."""
+    keys = keys_of(3, sum(draw.keys for draw in draws)).to(torch.int32)
+    monkeypatch.setattr(threefry, "compiled_for_cpu", lambda: None)
+    few = Rows(draws, torch.device("cpu"), rng)
+    monkeypatch.setattr(drawing, "_COUNTED", 0)
+    many = Rows(draws, torch.device("cpu"), rng)
+    for counted, copied in zip(few._places(where := torch.device("cpu")), many._places(where), strict=True):
+        assert torch.equal(counted, copied)
+        assert counted.dtype == torch.int32
+    for ours, theirs in zip(few.bits(keys), many.bits(keys), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @on_both_paths

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eggroll import prng
 from eggroll.torch import EGGROLLTrainer, VanillaESTrainer
-from eggroll_torch import kernels
+from eggroll_torch import kernels, noise, ops
 
 MEMBERS = 8
 META = torch.device("meta")
@@ -42,10 +43,11 @@ class Zoo(nn.Module):
 
 
 class Waits(TorchDispatchMode):
-    """Notes copies to the device for which PyTorch would wait."""
+    """Notes copies to the device for which PyTorch would wait, or all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: bool = False) -> None:
         super().__init__()
+        self.every = every
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +56,8 @@ class Waits(TorchDispatchMode):
         name = str(func)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         crosses = any(tensor.device.type == "cpu" for tensor in tensors) and getattr(result, "device", None) == META
-        if "copy" in name and crosses and not (kwargs.get("non_blocking") or any(given is True for given in args)):
+        waits = not (kwargs.get("non_blocking") or any(given is True for given in args))
+        if "copy" in name and crosses and (waits or self.every):
             self.found.append(name)
         return result
 
@@ -126,6 +129,30 @@ def test_as_the_default_device():
         assert trainer.ask().evaluate(lambda model: float(model(index).ndim)) == [2.0] * MEMBERS
         perturbations = VanillaESTrainer(trainer.model.parameters(), model=trainer.model).sample_perturbations(3)
     assert perturbations.device == META
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_what_a_layer_draws_is_not_copied_from_the_host():
+    """A CUDA graph would copy from memory of the host that is long something else's; PyTorch 2.11 refuses to."""
+    key, members = torch.empty(2, dtype=torch.int32, device=META), torch.empty(8, dtype=torch.int64, device=META)
+    with Waits(every=True) as waits:
+        drawn = ops.uniforms_of_members._init_fn(key, 1, members, (3, 5))
+    assert drawn.shape == (8, 3, 5)
+    assert waits.found == []
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
+def test_factors_of_one_matrix_are_drawn_without_the_host(rng: prng.Rng, monkeypatch: pytest.MonkeyPatch):
+    """As an embedding draws its rows within a pass that is recorded."""
+    monkeypatch.setattr(noise, "KEPT", 0)
+    source = trainer_of(rng=rng).ask().weights.source  # type: ignore[attr-defined]
+    (embedding,) = (parameter for parameter in source.parameters if parameter.name == "embed.weight")
+    keys = source.keys(embedding, source.chunk(range(MEMBERS)))
+    with Waits(every=True) as waits:
+        factors = noise.DrawnFactors(keys, embedding)
+        assert factors.A.shape == (MEMBERS // 2, 11, 1)
+    assert waits.found == []
 
 
 def test_waiting_is_noticed():

@@ -15,13 +15,14 @@ from eggroll.update import dense_sum, low_rank_sum
 
 from .dense import add_dense_sum_drawn_, dense_of_members
 from .launch import dot_precision
-from .linear import linear_of_members_drawn
+from .linear import linear_of_members, linear_of_members_drawn
 from .noise import draw_rows, fold_in
-from .update import add_low_rank_sum_drawn_
+from .update import add_low_rank_sum_, add_low_rank_sum_drawn_
 
 __all__ = ["problem"]
 
 _DRAWS, _ROWS, _OUT, _IN, _RANK, _SCALE = 3, 5, 40, 136, 2, 0.5
+_SMALL = 24, 24  # a matrix that is one tile of the update, which draws its noise itself
 _SIGNS = np.asarray([1.0, -1.0] * _DRAWS, dtype=np.float32)
 # Relative to the largest number; what is wrong is wrong by more.
 _TOLERANCES = {"equal": 0.0, "ieee": 1e-5, "tf32": 5e-3, "bfloat16": 3e-2}
@@ -131,15 +132,45 @@ def _products(
             inputs.double().numpy() @ weights.swapaxes(-1, -2),
         )
 
-    def total() -> Tensor:
+    for shape in ((_OUT, _IN), _SMALL):
+        factors = perturbation.LowRank(
+            *(
+                torch.from_numpy(factor).to(dtype).double().numpy()
+                for factor in perturbation.low_rank_noise(keys, shape, _RANK, rng=rng)
+            )
+        )
+
+        def total(shape: tuple[int, int] = shape) -> Tensor:
+            summed = torch.zeros(shape, dtype=torch.float32, device=device)
+            add_low_rank_sum_drawn_(summed, c, on_device, _RANK, dtype, rng=rng)
+            return summed
+
+        yield (
+            f"add_low_rank_sum_drawn_{_by(rng)} of shape {shape} in {dtype}",
+            tolerance,
+            total,
+            low_rank_sum(coefficients, factors),
+        )
+    if rng != "threefry":
+        return  # what is in memory, no generator draws
+
+    on_device_A, on_device_B = (torch.from_numpy(factor).to(device, dtype) for factor in (A, B))
+    yield (
+        f"linear_of_members in {dtype}",
+        tolerance,
+        lambda: linear_of_members(x.to(device), weight.to(device), None, on_device_A, on_device_B, signs, _SCALE),
+        x.double().numpy() @ weights.swapaxes(-1, -2),
+    )
+
+    def total_of_stored() -> Tensor:
         summed = torch.zeros(_OUT, _IN, dtype=torch.float32, device=device)
-        add_low_rank_sum_drawn_(summed, c, on_device, _RANK, dtype, rng=rng)
+        add_low_rank_sum_(summed, c, on_device_A, on_device_B, dtype)
         return summed
 
     yield (
-        f"add_low_rank_sum_drawn_{_by(rng)} in {dtype}",
+        f"add_low_rank_sum_ in {dtype}",
         tolerance,
-        total,
+        total_of_stored,
         low_rank_sum(coefficients, perturbation.LowRank(A, B)),
     )
 

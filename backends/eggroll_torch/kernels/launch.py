@@ -75,8 +75,12 @@ def power_of_two(number: int, at_least: int, at_most: int) -> int:
 
 
 def splits(programs: int, length: int, device: torch.device) -> int:
-    """In how many parts to compute a sum of `length` terms, so that `programs` times as many fill the device."""
-    wanted = -(-_PROGRAMS_OF_PROCESSOR * _processors(device) // max(programs, 1))
+    """In how many parts to compute a sum of `length` terms, so that `programs` times as many about fill the device.
+
+    Rounded: parts have to be added up afterwards, which is not worth it where a device is nearly full.
+    """
+    programs = max(programs, 1)
+    wanted = (_PROGRAMS_OF_PROCESSOR * _processors(device) + programs // 2) // programs
     return max(1, min(wanted, length // _SHORTEST))
 
 

@@ -194,15 +194,16 @@ def _linear_kernel(
     member = m // rows
     coefficient = tl.load(signs + member, mask=m_in, other=0.0)
     p_line = (draw.to(tl.int64) * rows + m % rows if SHARED else line) * rank
-    first_draw = tile_m * BLOCK_M // rows_of_draw
     last_draw = (tl.minimum((tile_m + 1) * BLOCK_M, all_rows) - 1) // rows_of_draw
-    end = (last_draw + 1 - first_draw) * columns
-    for step in tl.range(0, end, STEP, num_stages=1):
+    # Counted from the first draw of all, not of the tile: which columns are added up together is the same in tiles of
+    # every height, so what happens to be faster today does not show in the last bits.
+    first_step = tile_m * BLOCK_M // rows_of_draw * columns // STEP * STEP
+    for step in tl.range(first_step, (last_draw + 1) * columns, STEP, num_stages=1):
         # The columns are those of the draws of this tile: `rank`, and one of ones if the bias has noise.
         place = step + tl.arange(0, STEP * TIMES) // TIMES
-        of_draw = first_draw + place // columns
+        of_draw = place // columns
         column = place % columns
-        live = (tl.arange(0, STEP * TIMES) % TIMES == 0) & (place < end)
+        live = tl.arange(0, STEP * TIMES) % TIMES == 0
         mine = m_in[:, None] & live[None, :] & (draw[:, None] == of_draw[None, :])
         p_mask = mine & (column < rank)[None, :]
         left = tl.load(projected + p_line[:, None] + column[None, :], mask=p_mask, other=0.0) * scale
@@ -210,7 +211,7 @@ def _linear_kernel(
             left = tl.where(mine & (column == rank)[None, :], bias_scale, left)
         left = narrow(left * coefficient[:, None], DTYPE)
         place = step + tl.arange(0, STEP)
-        of_draw = tl.minimum(first_draw + place // columns, last_draw)[:, None]
+        of_draw = tl.minimum(place // columns, last_draw)[:, None]
         column = (place % columns)[:, None]
         if BIAS_NOISE:
             w0, w1 = key_at(values, of_draw, of_draw >= 0)
@@ -264,10 +265,14 @@ def _configuration(tile: tuple[int, int, int, int], block_k: int) -> triton.Conf
 
 
 def _fitting(configurations: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """The configurations whose tiles are not mostly empty."""
+    """The configurations whose tiles are not mostly empty, and give the same bits.
+
+    From 64 rows on the tensor cores of Hopper have other instructions, which do not add up as those for fewer do.
+    """
     m, n = (max(32, triton.next_power_of_2(arguments[name])) for name in ("all_rows", "out_features"))
     fitting = [c for c in configurations if c.kwargs["BLOCK_M"] <= m and c.kwargs["BLOCK_N"] <= n]
-    return fitting or configurations[-1:]
+    high = [c for c in fitting if c.kwargs["BLOCK_M"] >= 64]
+    return high or fitting or configurations[-1:]
 
 
 @functools.cache
@@ -342,7 +347,7 @@ def _linear(
             *A.arguments,
             narrow_table(A.precision, A.values),
             _project(x, B, draws, rank),
-            signs,
+            signs.contiguous(),
             scale,
             bias_scale,
             out,

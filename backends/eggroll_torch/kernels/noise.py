@@ -18,11 +18,11 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _fold_in_kernel(keys, data, out, size, n_keys, BLOCK: tl.constexpr):
+def _fold_in_kernel(keys, data, out, size, draws, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    k0, k1 = key_at(keys, index % n_keys, inside)
-    folded = tl.load(data + index // n_keys, mask=inside, other=0)
+    k0, k1 = key_at(keys, index // draws, inside)
+    folded = tl.load(data + index % draws, mask=inside, other=0)
     x0, x1 = _fold_in_registers(k0, k1, folded.to(tl.uint32, bitcast=True))
     tl.store(out + 2 * index, x0.to(tl.int32, bitcast=True), mask=inside)
     tl.store(out + 2 * index + 1, x1.to(tl.int32, bitcast=True), mask=inside)
@@ -37,24 +37,25 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
         data: int32, shape ``(draws,)``.
 
     Returns:
-        int32, shape ``(draws, n_keys, 2)``.
+        int32, shape ``(draws, n_keys, 2)``, those of one key side by side: whoever takes the draws of one parameter
+        finds them contiguous.
     """
-    out = keys.new_empty(len(data), *keys.shape)
+    out = keys.new_empty(len(keys), len(data), 2)
     if out.numel():
         size = len(data) * len(keys)
         launch(
             _fold_in_kernel,
             (triton.cdiv(size, _BLOCK),),
-            *(keys.contiguous(), data.contiguous(), out, size, len(keys)),
+            *(keys.contiguous(), data.contiguous(), out, size, len(data)),
             device=keys.device,
             BLOCK=_BLOCK,
         )
-    return out
+    return out.transpose(0, 1)
 
 
 @fold_in.register_fake
 def _(keys, data):
-    return keys.new_empty(data.shape[0], *keys.shape)
+    return keys.new_empty(keys.shape[0], data.shape[0], 2).transpose(0, 1)
 
 
 @triton.jit

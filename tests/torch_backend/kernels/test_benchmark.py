@@ -1,8 +1,12 @@
 """The benchmark of the kernels where it cannot run, and what it makes of figures."""
 
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +40,8 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
         "forward, stored": 2.2,
         "forward, one kernel": 2.5,
         "forward, library": 3.0,
+        "update, one kernel": 2.0,
+        "update, library": 1.0,
     }
     full = {"members": 8, "milliseconds of all": 99.0}
     cases = {}
@@ -56,5 +62,49 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| 0.80 |" in table
     assert "| 0.50 | 5.000 | 0.60 | 4.000 | 0.75 | 5 (46 %) | 99.0 (8) |" in table
     assert "1.20 at d = 1024, 1.20 at d = 4096, 1.20 at d = 8192" in table
+    assert "of the update with the library's product over that of one kernel, medians of cases: 0.50 at" in table
     assert "EvoX 30.0 ms (15.0 times a generation here)" in table
     assert (tmp_path / "gpu_generation.png").stat().st_size > 10_000
+
+
+def test_what_is_measured_anew_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_generation
+
+    target, other = itertools.islice((case.name for case in gpu_generation.all_cases()), 2)
+    measured: list[str] = []
+
+    def measure(case: Any, device: torch.device) -> dict:
+        measured.append(case.name)
+        return {"milliseconds": {"generation": float(len(measured))}}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_generation, "machine", lambda device: {"device": "an invented GPU"})
+    monkeypatch.setattr(gpu_generation.kernels, "status", lambda device: SimpleNamespace(triton="3", reason=""))
+    monkeypatch.setattr(gpu_generation, "ceilings", lambda device: {})
+    monkeypatch.setattr(gpu_generation, "measure", measure)
+    monkeypatch.setattr(gpu_generation, "table", lambda report: "")
+    monkeypatch.setattr(gpu_generation, "plots", lambda report, out: None)
+    for arguments in ([target], [other], [target], [target, "--fresh"]):
+        monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--only", *arguments])
+        assert gpu_generation.main() == 0
+    assert measured == [target, other, target]
+    report = json.loads((tmp_path / "gpu_generation.json").read_text())
+    assert {name: case["milliseconds"]["generation"] for name, case in report["cases"].items()} == {
+        target: 3.0,
+        other: 2.0,
+    }
+
+
+def test_what_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_generation
+
+    def fails() -> None:
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(gpu_generation, "milliseconds", lambda run, device, repeats: (run(), 0))
+    runs = {"bad": lambda: fails, "unprepared": fails, "good": lambda: lambda: 1.5}
+    assert gpu_generation.timed(runs, "a case", torch.device("cpu")) == {"good": (1.5, 0)}
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"a case: {name} is left out: ImportError: no such library" for name in ("bad", "unprepared")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eggroll import prng
-from eggroll_torch.kernels import check
+from eggroll_torch.kernels import check, update
 
 
 @pytest.mark.parametrize("rng", ["threefry", "philox"])
@@ -45,7 +45,9 @@ def slightly_wrong(operation: Callable[..., Any]) -> Callable[..., Any]:
         "draw_rows",
         "dense_of_members",
         "add_dense_sum_drawn_",
+        "linear_of_members",
         "linear_of_members_drawn",
+        "add_low_rank_sum_",
         "add_low_rank_sum_drawn_",
     ],
 )
@@ -55,6 +57,20 @@ def test_what_is_wrong_is_named(name: str, device: torch.device, monkeypatch: py
     assert found is not None
     assert found.startswith(f"{name} ")
     assert "is off by" in found
+
+
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
+def test_both_ways_to_draw_a_sum_are_compared(rng: prng.Rng, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """In the kernel, for a matrix of one tile, and before it."""
+    add, drawn = update._add_sum_, []
+
+    def noted(total: Any, coefficients: Any, A: Any, *rest: Any) -> None:
+        drawn.append(A.drawn)
+        add(total, coefficients, A, *rest)
+
+    monkeypatch.setattr(update, "_add_sum_", noted)
+    assert check.problem(device, rng) is None
+    assert set(drawn) == {True, False}
 
 
 def test_what_raises_is_named(device: torch.device, monkeypatch: pytest.MonkeyPatch):

@@ -76,6 +76,13 @@ def on_the_fly() -> Iterator[None]:
 WAYS = (on_the_fly, contextlib.nullcontext, without_kernels)
 
 
+@pytest.fixture(autouse=True)
+def _exact_convolutions() -> Iterator[None]:
+    """In float32: cuDNN takes TF32 by default, to which numbers one in the last place apart may round apart."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     tolerance = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     scale = float(expected.float().abs().max()) or 1.0

@@ -211,6 +211,8 @@ def _tensor_cores(request: pytest.FixtureRequest) -> Iterator[None]:
     before = matmul.fp32_precision
     setattr(matmul, request.param, "tf32" if request.param == "fp32_precision" else True)
     yield
+    if request.param == "allow_tf32":  # or PyTorch would find, and complain of, the one way set and the other not
+        matmul.allow_tf32 = False
     matmul.fp32_precision = before
 
 
@@ -220,6 +222,36 @@ def test_float32_with_tensor_cores(way: Callable[..., Tensor], device: torch.dev
     assert linear.dot_precision(torch.float32) == "tf32"
     layer = Layer(TYPICAL, torch.float32, device, rank=2, bias="shared")
     assert error(way(layer), layer.expected()) < (2e-3 if ON_GPU else 1e-5)
+
+
+@pytest.mark.parametrize(("rank", "rows", "shared"), [(1, 1, False), (3, 3, False), (20, 3, False), (5, 3, True)])
+def test_the_bits_do_not_depend_on_the_tile(
+    rank: int, rows: int, shared: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    """Which tile is the fastest is found out anew in every process; a run that is resumed goes on to the bit."""
+    monkeypatch.setattr(linear, "dot_precision", lambda dtype: "tf32")
+    layer = Layer(Size(80, 40, rows, 48, 40), torch.float32, device, rank=rank, shared=shared)
+    found = []
+    for tile in ((64, 32, 4, 1), (128, 32, 4, 1), (128, 64, 8, 2)):
+        monkeypatch.setattr(linear, "_TILES", (tile,))
+        monkeypatch.setattr(linear, "_TILE_OF_SUM", tile)
+        monkeypatch.setattr(linear, "_INTERPRETED_TILE", (*tile[:2], 1, 1))
+        linear._tuned.cache_clear()
+        found.append(layer.stored())
+    linear._tuned.cache_clear()
+    assert error(found[0], layer.expected()) < (2e-3 if ON_GPU else 1e-5)
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 64, 1000, 2**20])
+@pytest.mark.parametrize("out_features", [1, 33, 64, 100, 8192])
+def test_no_tile_is_tried_that_adds_up_otherwise(rows: int, out_features: int):
+    """On Hopper tiles of 32 rows have other instructions than those of 64 and more."""
+    tiles = [linear._configuration(tile, 64) for tile in linear._TILES]
+    tried = linear._fitting(tiles, {"all_rows": rows, "out_features": out_features})
+    assert tried
+    assert len({tile.kwargs["BLOCK_M"] >= 64 for tile in tried}) == 1
 
 
 @inputs
@@ -235,6 +267,7 @@ def test_strided_arguments(shared: bool, dtype: torch.dtype, device: torch.devic
         "B": views[:, :17],
         "weight": layer.weight.mT.contiguous().mT,
         "x": torch.stack([layer.x, layer.x + 1], dim=-1)[..., 0],
+        "signs": torch.stack([layer.signs, layer.signs + 1], dim=-1)[..., 0],
     }
     assert not any(tensor.is_contiguous() for tensor in strided.values())
     assert error(layer.stored(**strided), expected) < TOLERANCES[dtype]

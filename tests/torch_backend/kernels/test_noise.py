@@ -37,6 +37,8 @@ def test_folded_keys_equal_the_definition(n_keys: int, draws: int, device: torch
     data[: len(WORDS)] = torch.tensor(WORDS, dtype=torch.uint32).to(torch.int32).to(device)[:draws]
     folded = noise.fold_in(keys, data)
     assert folded.shape == (draws, n_keys, 2)
+    for key in range(n_keys):  # or every kernel would copy those of its parameter first
+        assert folded[:, key].is_contiguous()
     if folded.numel():
         assert torch.equal(folded.to(torch.uint32), prng.fold_in(keys.to(torch.uint32), data[:, None]))
 

@@ -8,7 +8,7 @@ from torch_backend.kernels.support import ON_GPU, core_factors, error, random_ke
 from eggroll import prng
 from eggroll.perturbation import LowRank
 from eggroll.update import low_rank_sum
-from eggroll_torch.kernels import update
+from eggroll_torch.kernels import launch, update
 
 # Of the sum's scale: the product of a coefficient and a factor is rounded to the dtype; long sums are
 # rounded in float32.
@@ -113,6 +113,16 @@ def test_the_sum_over_draws_in_parts(
         assert error(found - case.start, case.change) < 1e-6
     assert torch.equal(case.drawn(torch.float32), case.drawn(torch.float32))
     assert error(case.drawn(torch.float32, alpha=3.0, beta=0.5), 0.5 * case.start + 3 * case.change) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("programs", "length", "parts"),
+    [(1, 8192, 16), (4, 1 << 20, 132), (300, 8192, 2), (512, 8192, 1), (528, 8192, 1)],
+)
+def test_parts_fill_a_device_and_no_more(programs: int, length: int, parts: int, monkeypatch: pytest.MonkeyPatch):
+    """Of 132 processors. Parts are added up by a launch of its own, which one program less of 528 is not worth."""
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    assert launch.splits(programs, length, torch.device("cpu")) == parts
 
 
 @pytest.mark.usefixtures("_buffer")
