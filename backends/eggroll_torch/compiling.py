@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .autocast import autocasts, without_autocast
+from .fusing import with_epilogues
 from .perturbed import Policy, UnsupportedOperationError
 from .swap import attributes_restored
 
@@ -152,7 +153,7 @@ class Compiler:
                 raise RuntimeError("attributes of its modules change while it runs")
         if not torch.equal(generator, torch.default_generator.get_state()):
             raise RuntimeError("it seeds PyTorch's generator")
-        return _Record(torch.compile(graph, **self._options), function.extra())
+        return _Record(torch.compile(with_epilogues(graph), **self._options), function.extra())
 
     @staticmethod
     def _replayed(record: _Record, tensors: list[Tensor], device: torch.device) -> list[Tensor]:
