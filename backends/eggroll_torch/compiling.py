@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .autocast import autocasts, without_autocast
+from .fusing import with_epilogues
 from .perturbed import Policy, UnsupportedOperationError
 from .simplifying import simplify
 from .swap import attributes_restored
@@ -160,7 +161,7 @@ class Compiler:
         simplify(graph)
         if self._options == {"backend": "eager"}:  # for which `torch.compile` would add its guards, and nothing else
             return _Record(graph.forward, function.extra(), ())
-        compiled = torch.compile(graph, **self._options)
+        compiled = torch.compile(with_epilogues(graph), **self._options)
         return _Record(compiled, function.extra(), _of_model(function.model, tensors))
 
     @staticmethod

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eggroll import perturbation, prng
@@ -26,6 +27,13 @@ _SMALL = 24, 24  # a matrix that is one tile of the update, which draws its nois
 _SIGNS = np.asarray([1.0, -1.0] * _DRAWS, dtype=np.float32)
 # Relative to the largest number; what is wrong is wrong by more.
 _TOLERANCES = {"equal": 0.0, "ieee": 1e-5, "tf32": 5e-3, "bfloat16": 3e-2}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 Comparison = tuple[str, str, Callable[[], Tensor], np.ndarray]
 
@@ -130,6 +138,16 @@ def _products(
             tolerance,
             lambda arguments=arguments: linear_of_members_drawn(*arguments, rng=rng),  # type: ignore[misc]
             inputs.double().numpy() @ weights.swapaxes(-1, -2),
+        )
+    # Of a shared input, for which one kernel is compiled and not one for each configuration; sums are around 1.
+    small = x[0] / 16
+    for activation, function in _ACTIVATIONS.items() if dtype == torch.float32 and rng == "threefry" else ():
+        arguments = small.to(device), weight.to(device), None, on_device, _RANK, signs, _SCALE
+        yield (
+            f"linear_of_members_drawn with {activation}",
+            tolerance,
+            lambda arguments=arguments, name=activation: linear_of_members_drawn(*arguments, activation=name),  # type: ignore[misc]
+            function(torch.from_numpy(small.double().numpy() @ weights.swapaxes(-1, -2))).numpy(),
         )
 
     for shape in ((_OUT, _IN), _SMALL):

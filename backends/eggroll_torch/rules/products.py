@@ -88,7 +88,7 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
         return product
     if autocasts(product.device):
         input = input.to(product.dtype)
-    return product * alpha if beta == 0 else torch.add(input * beta, product, alpha=alpha)
+    return product * alpha if beta == 0 else torch.add(input if beta == 1 else input * beta, product, alpha=alpha)
 
 
 _GROUPED_MM = [torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") else [])]

@@ -152,6 +152,16 @@ def test_an_activation_keeps_what_is_not_a_number_and_saturates(device: torch.de
         torch.testing.assert_close(out[:, 1:].double(), expected[:, 1:], rtol=1e-5, atol=1e-5)
 
 
+def test_small_values_of_an_activation_keep_their_digits(device: torch.device):
+    """Not those of gelu far from 0, which PyTorch computes from the same difference."""
+    x = torch.logspace(-8, 1, 64).mul(torch.tensor([[1.0], [-1.0]])).view(1, 128, 1).to(device)
+    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, 1, 1, device=device)
+    for activation, function in FUNCTIONS.items():
+        out = linear.linear_of_members(x, one, None, zero, zero, one[0], SCALE, activation)
+        compared = (x > -1) | (activation not in {"gelu", "gelu_tanh"})
+        torch.testing.assert_close(out[compared].double(), function(x.double())[compared], rtol=5e-6, atol=0)
+
+
 @inputs
 @pytest.mark.parametrize("bias", [None, "noisy"])
 def test_a_narrow_bias_with_noise(bias: str | None, shared: bool, dtype: torch.dtype, device: torch.device):
