@@ -6,6 +6,8 @@ Rows of all members that go to one expert are multiplied with its shared weight 
 import torch
 from torch import Tensor
 
+from .vectorising import batching_rule, called
+
 __all__ = ["grouped_linear", "perturbed_grouped_linear", "unperturbed_grouped_linear"]
 
 
@@ -40,7 +42,7 @@ def _(x, weight, ends, A, B, member, scales):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@perturbed_grouped_linear.register_vmap
+@batching_rule(perturbed_grouped_linear)
 def _(info, in_dims, x, weight, ends, A, B, member, scales):
     x_dim, _, ends_dim, _, _, member_dim, _ = in_dims
     x, ends = _batch_first(x, x_dim), _batch_first(ends, ends_dim)
@@ -48,7 +50,7 @@ def _(info, in_dims, x, weight, ends, A, B, member, scales):
         return _of_members(x, weight, ends, A, B, scales), 0
     # A vmap inside the model: one member with several inputs.
     inputs = zip(x.expand(info.batch_size, -1, -1), ends.expand(info.batch_size, -1), strict=True)
-    outputs = [perturbed_grouped_linear(rows, weight, their, A, B, member, scales) for rows, their in inputs]
+    outputs = [called(perturbed_grouped_linear, rows, weight, their, A, B, member, scales) for rows, their in inputs]
     return torch.stack(outputs), 0
 
 
@@ -63,7 +65,7 @@ def _(x, weight, ends):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@unperturbed_grouped_linear.register_vmap
+@batching_rule(unperturbed_grouped_linear)
 def _(info, in_dims, x, weight, ends):
     x, ends = _batch_first(x, in_dims[0]), _batch_first(ends, in_dims[2])
     if in_dims[1] is None:
@@ -71,7 +73,7 @@ def _(info, in_dims, x, weight, ends):
     members = (
         tensor.expand(info.batch_size, *tensor.shape[1:]) for tensor in (x, weight.movedim(in_dims[1], 0), ends)
     )
-    return torch.stack([unperturbed_grouped_linear(*member) for member in zip(*members, strict=True)]), 0
+    return torch.stack([called(unperturbed_grouped_linear, *member) for member in zip(*members, strict=True)]), 0
 
 
 def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
@@ -135,7 +137,7 @@ def _(x, weight, group):
     return x.new_empty(*x.shape[:2], weight.shape[1])
 
 
-@grouped_linear.register_vmap
+@batching_rule(grouped_linear)
 def _(info, in_dims, x, weight, group):
     """A vmap inside the model."""
     x, group = (

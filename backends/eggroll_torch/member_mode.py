@@ -22,6 +22,7 @@ from . import ops
 from .autocast import autocasts
 from .derivatives import differentiates
 from .perturbed import accepts, unwrapped
+from .vectorising import called
 
 __all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform", "vectorised_inside"]
 
@@ -89,7 +90,7 @@ class MemberMode(TorchFunctionMode):
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
         call = self._calls
         self._calls += 1
-        return ops.member_uniform(self._key, call, self._member, list(shape))
+        return called(ops.member_uniform, self._key, call, self._member, list(shape))
 
 
 _MADE = {
@@ -192,7 +193,7 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention`, whose dropout is the member's own."""
     q, k, v = unwrapped(q), unwrapped(k), unwrapped(v)
     if dropout_p == 0 and not differentiates():
-        return ops.attention(q, k, v, mask, is_causal, scale, enable_gqa)
+        return called(ops.attention, q, k, v, mask, is_causal, scale, enable_gqa)
     if dropout_p == 0 and _level() is None:
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:

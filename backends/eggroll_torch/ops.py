@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import kernels
 from .drawing import draw_uniforms, fold_in_each
+from .vectorising import batching_rule, called
 
 __all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
@@ -62,7 +63,7 @@ def _(x, weight, bias, factors, rank, precision, rng, member, scales):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@perturbed_linear.register_vmap
+@batching_rule(perturbed_linear)
 def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, scales):
     x_dim, _, bias_dim, _, _, _, _, member_dim, _ = in_dims
     x = _batch_first(x, x_dim)
@@ -72,7 +73,7 @@ def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, sca
         if x_dim is None:
             x = x.expand(info.batch_size, *x.shape)
         shared = None if bias_dim is not None else bias
-        out = perturbed_linear(x, weight, shared, factors, rank, precision, rng, member, scales)
+        out = called(perturbed_linear, x, weight, shared, factors, rank, precision, rng, member, scales)
         if bias_dim is not None:
             out = out + bias.view(bias.shape[0], *(1,) * (out.ndim - 2), -1)
         return out, 0
@@ -106,14 +107,14 @@ def _(x, weight, A, B, member, scales):
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[1])
 
 
-@perturbed_stacked_linear.register_vmap
+@batching_rule(perturbed_stacked_linear)
 def _(info, in_dims, x, weight, A, B, member, scales):
     x_dim, member_dim = in_dims[0], in_dims[4]
     x = _batch_first(x, x_dim) if x_dim is not None else x.expand(info.batch_size, *x.shape)
     if member_dim is None:
         # A vmap inside the model: the same member, more rows.
         rows = x.transpose(0, 1).flatten(1, 2)
-        out = perturbed_stacked_linear(rows, weight, A, B, member, scales)
+        out = called(perturbed_stacked_linear, rows, weight, A, B, member, scales)
         return out.unflatten(1, (x.shape[0], x.shape[2])), 1
     return _stacked_linear_of_members(x, weight, A, B, scales), 0
 
@@ -141,12 +142,12 @@ def _(index, weight, A, B, member, scales):
     return weight.new_empty(*index.shape, weight.shape[1])
 
 
-@perturbed_embedding.register_vmap
+@batching_rule(perturbed_embedding)
 def _(info, in_dims, index, weight, A, B, member, scales):
     index_dim, member_dim = in_dims[0], in_dims[4]
     index = _batch_first(index, index_dim)
     if member_dim is None:
-        return perturbed_embedding(index, weight, A, B, member, scales), 0
+        return called(perturbed_embedding, index, weight, A, B, member, scales), 0
     lead = index.shape if index_dim is None else index.shape[1:]
     flat = index.reshape(1, -1).expand(scales.shape[0], -1) if index_dim is None else index.flatten(1)
     out = _embedding_of_members(flat, weight, A, B, scales)
@@ -168,7 +169,7 @@ def _(q, k, v, mask, is_causal, scale, enable_gqa):
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@attention.register_vmap
+@batching_rule(attention)
 def _(info, in_dims, q, k, v, mask, is_causal, scale, enable_gqa):
     members = info.batch_size
     q, k, v = (
@@ -211,7 +212,7 @@ def _(key, call, member, shape):
     return key.new_empty(shape, dtype=torch.float32)
 
 
-@member_uniform.register_vmap
+@batching_rule(member_uniform)
 def _(info, in_dims, key, call, member, shape):
     return uniforms_of_members(key, call, member, shape), 0
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import ops
 from ..member_mode import FUNCTIONS
 from ..perturbed import PerturbedWeight, UnsupportedOperationError, plain, rule
+from ..vectorising import called
 
 __all__ = ["rows"]
 
@@ -14,7 +15,7 @@ __all__ = ["rows"]
 def rows(weight: PerturbedWeight, index: Tensor) -> Tensor:
     """``W_i[index]``: `index` of shape ``(...)``, `weight` ``(n, dim)``, result ``(..., dim)``."""
     noise = weight.noise
-    return ops.perturbed_embedding(index, plain(weight), noise.A, noise.B, *noise.operands())
+    return called(ops.perturbed_embedding, index, plain(weight), noise.A, noise.B, *noise.operands())
 
 
 @rule(F.embedding)

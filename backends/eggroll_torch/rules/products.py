@@ -13,6 +13,7 @@ from ..derivatives import differentiates
 from ..member_mode import FUNCTIONS
 from ..noise import DrawnFactors
 from ..perturbed import PerturbedWeight, formed, plain, rule, unwrapped
+from ..vectorising import called
 from .views import transposed
 
 __all__ = ["linear"]
@@ -32,7 +33,7 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
         factors, rank = [noise.A, noise.B], noise.A.shape[-1]
         precision, rng = "float32", "threefry"  # not used: the factors are there
     x, W, bias, *factors = autocast_operands(x, plain(weight), bias, *factors)
-    return ops.perturbed_linear(x, W, bias, factors, rank, precision, rng, *noise.operands())
+    return called(ops.perturbed_linear, x, W, bias, factors, rank, precision, rng, *noise.operands())
 
 
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
@@ -41,7 +42,8 @@ def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
     if differentiates():
         x, W, A, B = autocast_operands(x, plain(weight), *noise.of_member())
         return torch.bmm(x, W.mT) + torch.bmm(torch.bmm(x, B), A.mT)
-    return ops.perturbed_stacked_linear(*autocast_operands(x, plain(weight), noise.A, noise.B), *noise.operands())
+    operands = autocast_operands(x, plain(weight), noise.A, noise.B)
+    return called(ops.perturbed_stacked_linear, *operands, *noise.operands())
 
 
 @rule(F.linear)
@@ -103,14 +105,14 @@ def _grouped_mm(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
     weight, x = transposed(mat_b), unwrapped(mat_a)
     noise = weight.noise
     with without_autocast(x.device):  # which leaves grouped products alone, but not what they are made of here
-        return grouped.perturbed_grouped_linear(x, plain(weight), offs, noise.A, noise.B, *noise.operands())
+        return called(grouped.perturbed_grouped_linear, x, plain(weight), offs, noise.A, noise.B, *noise.operands())
 
 
 def _answer_grouped_mm(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
     """A weight that is not perturbed: PyTorch would go through the members."""
     plain_weights = not isinstance(mat_a, PerturbedWeight) and not isinstance(mat_b, PerturbedWeight)
     if plain_weights and _is_grouped_product(mat_a, mat_b, offs, bias, out_dtype):
-        return grouped.unperturbed_grouped_linear(unwrapped(mat_a), unwrapped(mat_b).mT, offs)
+        return called(grouped.unperturbed_grouped_linear, unwrapped(mat_a), unwrapped(mat_b).mT, offs)
     return torch._grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
 
 
