@@ -89,7 +89,7 @@ def einsum(a: Array, a_axes: list[int], b: Array, b_axes: list[int], out: list[i
     lengths = dict(zip((*a_axes, *b_axes), (*a.shape, *b.shape), strict=True))
     if all(lengths[axis] == 1 for axis in summed):
         return _along(a, a_axes, out) * _along(b, b_axes, out)
-    return jnp.einsum(a, a_axes, b, b_axes, out, precision=precision, preferred_element_type=a.dtype)
+    return jnp.einsum(a, a_axes, b, b_axes, out, precision=precision)
 
 
 def _along(a: Array, axes: list[int], out: list[int]) -> Array:

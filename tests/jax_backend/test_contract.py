@@ -250,6 +250,16 @@ def test_bfloat16(case):
         )
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.bfloat16])
+def test_inputs_of_another_dtype_than_the_weights(dtype):
+    w, x = normal(8, 5), (jnp.arange(24).reshape(3, 8) % 3).astype(dtype)
+    for fn in (lambda w, x: x @ w, lambda w, x: jnp.einsum("io,bi->ob", w, x)):
+        out = population_apply(fn, CONFIG, strict=True)(w, KEY, 0, x)
+        for member in range(2):
+            expected = fn(materialise(perturb(w, KEY, 0, member, CONFIG)), x)
+            np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 10, 64])
 def test_chunks_change_nothing(batch_size):
     fn, params, (x,), _ = CASES["linen.Dense"]()
