@@ -145,8 +145,13 @@ def _(
 
 @quax.register(lax.dynamic_slice_p)
 def _(x: PerturbedArray, *starts: ArrayLike, slice_sizes: Sequence[int]) -> PerturbedArray:
+    # The primitive clamps what the function of its name counts from the end.
+    inside = [
+        jnp.clip(start, 0, length - size) for start, length, size in zip(starts, x.shape, slice_sizes, strict=True)
+    ]
+
     def take(part: Array, has: Has, trailing: int) -> Array:
-        for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
+        for axis, (start, size) in enumerate(zip(inside, slice_sizes, strict=True)):
             if has(axis) and size != x.shape[axis]:
                 part = lax.dynamic_slice_in_dim(part, start, size, axis)
         return part

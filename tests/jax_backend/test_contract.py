@@ -119,6 +119,14 @@ def plain_case():
     return plain, {"w": normal(18, 6), "v": normal(2, 9, 7) * 0.3, "u": normal(14, 14) * 0.3}, (normal(3, 6),), None
 
 
+def sliced_case():
+    def fn(params, x, start):
+        window = jax.lax.dynamic_slice(params["w"], (start, start), (4, 5))
+        return x @ window
+
+    return fn, {"w": normal(13, 7)}, (normal(5, 4), jnp.asarray(-15)), None
+
+
 def custom_vjp_case():
     @jax.custom_vjp
     def double(w, x):
@@ -178,6 +186,7 @@ CASES = {
         lambda model, x: model(x), EqxConv(eqx.nn.Conv1d(6, 9, 3, key=KEY)), (normal(1, 6, 5),), None,
     ),
     "plain functions": plain_case,
+    "a slice before the first row": sliced_case,
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
 }  # fmt: skip
