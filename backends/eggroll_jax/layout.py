@@ -176,7 +176,7 @@ def plan(params: Any, config: EggrollConfig, layout: Layout = None, template: An
         leaves.append(
             _leaf(words, index[words], leaf, default_layout(words, leaf) if choice is None else choice, config)
         )
-    if all(leaf.kind == "frozen" for leaf in leaves):
+    if not any(leaf.layers for leaf in leaves):
         raise ValueError("`params` has no parameter to perturb: it is empty, or all of it is frozen")
     return Plan(tuple(leaves), len(index), treedef, tuple(constants))
 

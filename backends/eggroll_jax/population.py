@@ -138,10 +138,9 @@ def evaluation_of(
         check_used(chosen, traced.used)
         step = draws_to_evaluate(batch_size, config, chosen, traced)
         # One draw serves the members of a pair: what has an axis of members becomes (draws, members of a draw).
+        pairs = config.draws, config.members_per_draw
         paired = [
-            jax.tree.map(lambda leaf: jnp.reshape(leaf, (config.draws, -1, *jnp.shape(leaf)[1:])), arg)
-            if stack
-            else arg
+            jax.tree.map(lambda leaf: jnp.reshape(leaf, (*pairs, *jnp.shape(leaf)[1:])), arg) if stack else arg
             for arg, stack in zip(args, stacked, strict=True)
         ]
 
@@ -172,7 +171,7 @@ def evaluation_of(
         if mesh is not None:
             evaluate = _over_devices(evaluate, mesh, axis_name, config, stacked)
         members = jnp.arange(config.population_size, dtype=jnp.int32)
-        draws, signs = (values.reshape(config.draws, -1) for values in draws_and_signs(members, config))
+        draws, signs = (values.reshape(pairs) for values in draws_and_signs(members, config))
         keys = generation_keys(chosen, key, generation, config)
         inputs = Inputs(chosen.arrays(params), keys, config.sigma if sigma is None else sigma)
         with one_warning_for_each_primitive():

@@ -269,6 +269,22 @@ def test_inputs_of_another_dtype_than_the_weights(dtype):
             np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_inputs_without_elements():
+    model = LinenConv()
+    params = model.init(KEY, normal(1, 7, 6, 8))
+    apply = population_apply(model.apply, CONFIG, strict=True)
+    assert apply(params, KEY, 0, normal(0, 7, 6, 8)).shape == (10, 0, 3, 5, 5)
+    assert apply(params, KEY, 0, normal(10, 0, 7, 6, 8), per_member=True).shape == (10, 0, 3, 5, 5)
+
+
+@pytest.mark.parametrize(("features", "window", "channels"), [(1, (3, 3), 4), (5, (1, 1), 1), (1, (1, 1), 1)])
+def test_convolutions_of_a_row_or_a_column(features, window, channels):
+    fn, params, (x,), _ = linen(nn.Conv(features, window), normal(2, 5, 4, channels))
+    out = population_apply(fn, CONFIG, strict=True)(params, KEY, 0, x)
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), x)
+    np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 10, 64])
 def test_chunks_change_nothing(batch_size):
     fn, params, (x,), _ = CASES["linen.Dense"]()

@@ -72,6 +72,8 @@ def test_leaves():
     assert frozen["layer"]["steps"] is params["layer"]["steps"]
     with pytest.raises(ValueError, match="no parameter to perturb"):
         perturb(params, KEY, 0, 0, CONFIG, layout="frozen")
+    with pytest.raises(ValueError, match="no parameter to perturb"):
+        perturb(jnp.ones((0, 3, 2)), KEY, 0, 0, CONFIG, layout=Matrix(1, 2))
 
 
 def test_a_parameter_without_a_part():
