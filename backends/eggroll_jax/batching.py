@@ -95,10 +95,12 @@ def largest_value(closed: ClosedJaxpr, inputs: Sequence[Input]) -> int:
 _VIEWS = frozenset(
     {
         *("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "split", "rev"),
-        *("convert_element_type", "copy", "neg"),
+        *("convert_element_type", "copy", "neg", "sharding_constraint", "stop_gradient"),
     }
 )
 _SCALINGS = frozenset({"mul", "div"})
+# Several of them are one factored matrix after these.
+_JOINTS = frozenset({"concatenate", "stack"})
 
 
 def _largest(jaxpr: Jaxpr, inputs: Sequence[Input]) -> tuple[int, list[Input]]:
@@ -126,7 +128,8 @@ def _through(equation: Any, given: list[Input]) -> tuple[int, list[Input]]:
         if "factored" not in given:
             return 0, ["shared"] * count
         scaled = name in _SCALINGS and any(_size(variable.aval) == 1 for variable in equation.invars)
-        if name in _VIEWS or scaled:
+        joined = name in _JOINTS and "shared" not in given
+        if name in _VIEWS or scaled or joined:
             return 0, ["factored"] * count
     inside = 0
     outputs: list[Input] = ["own"] * count

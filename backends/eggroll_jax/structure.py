@@ -3,6 +3,7 @@
 A structural operation on ``W`` is the same operation on its factors, on those axes that a factor has.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
 from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
@@ -182,13 +185,23 @@ def _(x: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
 
 @quax.register(lax.concatenate_p)
 def _(*operands: PerturbedArray | ArrayLike, dimension: int) -> Any:
-    """Weights side by side are one matrix whose rank is the sum of their ranks (gates of an LSTM, packed q, k, v)."""
+    """Weights side by side are one matrix whose rank is the sum of their ranks (gates of an LSTM, packed q, k, v).
+
+    Weights one after the other are layers of one stack.
+    """
     weights = [operand for operand in operands if isinstance(operand, PerturbedArray)]
     kinds = {weight.axes for weight in weights}
     axes = kinds.pop() if len(kinds) == 1 else ""
-    if len(weights) != len(operands) or not axes or axes[dimension] == STACK:
+    if len(weights) != len(operands) or not axes or _differ_in_rank(weights, axes[dimension]):
         dense = [fall_back(one, "concatenate") if isinstance(one, PerturbedArray) else one for one in operands]
         return lax.concatenate(dense, dimension)
+    base = lax.concatenate([weight.base for weight in weights], dimension)
+    name, strict = " and ".join(weight.name for weight in weights), any(weight.strict for weight in weights)
+    if axes[dimension] == STACK:
+        A, B, scale = (
+            lax.concatenate([getattr(weight, part) for weight in weights], dimension) for part in ("A", "B", "scale")
+        )
+        return PerturbedArray(base, A, B, scale, kinds=axes, name=name, strict=strict)
     grows_a = axes[dimension] == ROW
     split_factors, shared_factors = [], []
     total = sum(weight.A.shape[-1] for weight in weights)
@@ -202,14 +215,32 @@ def _(*operands: PerturbedArray | ArrayLike, dimension: int) -> Any:
         place += own.shape[-1]
     own, other = jnp.concatenate(split_factors, dimension), jnp.concatenate(shared_factors, -1)
     return PerturbedArray(
-        base=lax.concatenate([weight.base for weight in weights], dimension),
+        base=base,
         A=own if grows_a else other,
         B=other if grows_a else own,
         scale=jnp.ones_like(weights[0].scale),
         kinds=axes,
-        name=" and ".join(weight.name for weight in weights),
-        strict=any(weight.strict for weight in weights),
+        name=name,
+        strict=strict,
     )
+
+
+def _differ_in_rank(weights: Sequence[PerturbedArray], kind: str) -> bool:
+    """Whether they cannot be layers of one stack."""
+    return kind == STACK and len({weight.A.shape[-1] for weight in weights}) > 1
+
+
+def _stack(*operands: PerturbedArray | ArrayLike, axis: int) -> Any:
+    def stack(*arrays: Any) -> Array:
+        return lax.concatenate([lax.expand_dims(array, [axis]) for array in arrays], axis)
+
+    return quax.quaxify(stack)(*operands)
+
+
+# What `jnp.stack` ends with: not every version of JAX has a primitive for it.
+_STACKING = jax.make_jaxpr(lambda x: jnp.stack([x, x]))(0.0).eqns[-1].primitive
+if _STACKING is not lax.concatenate_p:
+    quax.register(_STACKING)(_stack)
 
 
 @quax.register(lax.convert_element_type_p)
@@ -222,6 +253,18 @@ def _(x: PerturbedArray, *, new_dtype: Any, **params: Any) -> Any:
 @quax.register(lax.copy_p)
 def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
     return x
+
+
+def _register_identity(primitive: Primitive) -> None:
+    @quax.register(primitive)
+    def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
+        """Where its values are, and what follows from them, matters for the base, which is stored, alone."""
+        return dataclasses.replace(x, base=primitive.bind(x.base, **params))
+
+
+# Flax constrains partitioned parameters wherever a mesh is set.
+_register_identity(sharding_constraint_p)
+_register_identity(stop_gradient_p)
 
 
 @quax.register(lax.neg_p)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from eggroll import EggrollConfig
 from eggroll.jax import Dense, Matrix, default_layout, materialise, perturb, population_apply
@@ -119,6 +120,30 @@ def plain_case():
     return plain, {"w": normal(18, 6), "v": normal(2, 9, 7) * 0.3, "u": normal(14, 14) * 0.3}, (normal(3, 6),), None
 
 
+def joined(params, x):
+    """Layers from a list run as a stack, and one of them is looked up."""
+    layers = jnp.stack(params["layers"])
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.concatenate([layers, 0.5 * params["more"]]))[0]
+    return jnp.einsum("bi,oi->bo", x, jnp.stack(params["layers"], 1)[:, 1])
+
+
+def joined_case():
+    params = {"layers": [normal(17, 17), jnp.flip(normal(17, 17))], "more": normal(2, 17, 17)}
+    layout = {"layers": None, "more": Matrix(1, 2)}
+    return joined, params, (normal(3, 17),), lambda path, leaf: layout[path[0]]
+
+
+def constrained_case():
+    """What Flax does with partitioned parameters, and code that was written for gradients."""
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+
+    def fn(w, x):
+        w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(None, "model")))
+        return x @ jax.lax.stop_gradient(w)
+
+    return fn, normal(17, 5), (normal(3, 17),), None
+
+
 def sliced_case():
     def fn(params, x, start):
         window = jax.lax.dynamic_slice(params["w"], (start, start), (4, 5))
@@ -186,6 +211,8 @@ CASES = {
         lambda model, x: model(x), EqxConv(eqx.nn.Conv1d(6, 9, 3, key=KEY)), (normal(1, 6, 5),), None,
     ),
     "plain functions": plain_case,
+    "layers stacked by the model": joined_case,
+    "constrained to devices": constrained_case,
     "a slice before the first row": sliced_case,
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
