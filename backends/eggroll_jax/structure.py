@@ -34,14 +34,19 @@ def each_part(
         axes: the kinds of the resulting axes, where they change.
     """
     kinds = x.axes
+
+    def of_layers(part: Array) -> Array:
+        return function(part, lambda axis: kinds[axis] == STACK, 0)
+
     return PerturbedArray(
         base=function(x.base, lambda axis: True, 0),
         A=function(x.A, lambda axis: kinds[axis] != COLUMN, 1),
         B=function(x.B, lambda axis: kinds[axis] != ROW, 1),
-        scale=function(x.scale, lambda axis: kinds[axis] == STACK, 0),
+        scale=of_layers(x.scale),
         kinds=kinds if axes is None else axes,
         name=x.name,
         strict=x.strict,
+        gain=None if x.gain is None else of_layers(x.gain),
     )
 
 
@@ -192,7 +197,7 @@ def _(*operands: PerturbedArray | ArrayLike, dimension: int) -> Any:
     weights = [operand for operand in operands if isinstance(operand, PerturbedArray)]
     kinds = {weight.axes for weight in weights}
     axes = kinds.pop() if len(kinds) == 1 else ""
-    if len(weights) != len(operands) or not axes or _differ_in_rank(weights, axes[dimension]):
+    if len(weights) != len(operands) or not axes or _differ(weights, axes[dimension]):
         dense = [fall_back(one, "concatenate") if isinstance(one, PerturbedArray) else one for one in operands]
         return lax.concatenate(dense, dimension)
     base = lax.concatenate([weight.base for weight in weights], dimension)
@@ -225,9 +230,10 @@ def _(*operands: PerturbedArray | ArrayLike, dimension: int) -> Any:
     )
 
 
-def _differ_in_rank(weights: Sequence[PerturbedArray], kind: str) -> bool:
-    """Whether they cannot be layers of one stack."""
-    return kind == STACK and len({weight.A.shape[-1] for weight in weights}) > 1
+def _differ(weights: Sequence[PerturbedArray], kind: str) -> bool:
+    """Whether they cannot be one weight: layers of a stack have one rank, and whatever was multiplied is apart."""
+    ranks = {weight.A.shape[-1] for weight in weights}
+    return any(weight.gain is not None for weight in weights) or (kind == STACK and len(ranks) > 1)
 
 
 def _stack(*operands: PerturbedArray | ArrayLike, axis: int) -> Any:
@@ -274,23 +280,28 @@ def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
 
 @quax.register(lax.mul_p)
 def _(x: PerturbedArray, y: ArrayLike, **params: Any) -> Any:
-    return _scaled(x, lambda part: part * y) if jnp.ndim(y) == 0 else fall_back(x, "mul") * y
+    return _multiplied(x, y, lambda part: part * y) if jnp.ndim(y) == 0 else fall_back(x, "mul") * y
 
 
 @quax.register(lax.mul_p)
 def _(x: ArrayLike, y: PerturbedArray, **params: Any) -> Any:
     factor = jnp.asarray(x)
-    return _scaled(y, lambda part: factor * part) if factor.ndim == 0 else factor * fall_back(y, "mul")
+    return _multiplied(y, x, lambda part: factor * part) if factor.ndim == 0 else factor * fall_back(y, "mul")
 
 
 @quax.register(lax.div_p)
 def _(x: PerturbedArray, y: ArrayLike, **params: Any) -> Any:
     divisor = jnp.asarray(y)
-    return _scaled(x, lambda part: part / divisor) if divisor.ndim == 0 else fall_back(x, "div") / divisor
+    return _multiplied(x, y, lambda part: part / divisor) if divisor.ndim == 0 else fall_back(x, "div") / divisor
+
+
+def _multiplied(x: PerturbedArray, number: ArrayLike, function: Callable[[Array], Array]) -> PerturbedArray:
+    """`x` times or through a number. One that is not known yet may be the member's own: the base must stay shared."""
+    if not isinstance(number, jax.core.Tracer):
+        return _scaled(x, function)
+    return dataclasses.replace(x, gain=function(jnp.ones_like(x.scale) if x.gain is None else x.gain))
 
 
 def _scaled(x: PerturbedArray, function: Callable[[Array], Array]) -> PerturbedArray:
     """`x` times a number: the base and the scale are."""
-    return PerturbedArray(
-        base=function(x.base), A=x.A, B=x.B, scale=function(x.scale), kinds=x.kinds, name=x.name, strict=x.strict
-    )
+    return dataclasses.replace(x, base=function(x.base), scale=function(x.scale))

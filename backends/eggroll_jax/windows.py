@@ -57,7 +57,7 @@ def _(
     if all(x.axes[axis] == STACK for axis in picked) and _is_consistent(looked_up):
         return looked_up
     noise = looked_up.scale * jnp.sum(looked_up.A * looked_up.B, axis=-1)
-    return looked_up.base + noise.astype(x.dtype)
+    return looked_up.gained(looked_up.base + noise.astype(x.dtype))
 
 
 def _is_consistent(x: PerturbedArray) -> bool:
@@ -121,4 +121,5 @@ def _(
     group, out, k = thin.ndim, thin.ndim + 1, thin.ndim + 2
     noise = einsum(thin, [*places, group, k], by_group, [group, out, k], [*places, group, out], precision)
     noise = jnp.moveaxis(noise.reshape(*noise.shape[:-2], kernel.shape[out_axis]), -1, feature_axis)
-    return convolve(kernel.base) + (kernel.scale.reshape(()) * noise).astype(noise.dtype)
+    values = convolve(kernel.base) + (kernel.scale.reshape(()) * noise).astype(noise.dtype)
+    return kernel.gained(values, lambda gain: gain.reshape(()).astype(values.dtype))

@@ -144,6 +144,20 @@ def constrained_case():
     return fn, normal(17, 5), (normal(3, 17),), None
 
 
+def multiplied_case():
+    """A gain that is learned, and one that follows from the weight: each member has another."""
+
+    def fn(params, x):
+        w = params["w"] * params["gain"]
+        x = jnp.tanh(x @ (w / jnp.sqrt(jnp.sum((x @ w) ** 2))))
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, params["gain"] * params["layers"])[0]
+        experts = params["layers"] / params["gain"]
+        return x @ w.T + jax.lax.ragged_dot(x, experts, jnp.asarray([1, 2])) + w[jnp.asarray([4, 0, 2])]
+
+    params = {"w": normal(17, 17), "layers": normal(2, 17, 17) * 0.3, "gain": jnp.full((), 1.5)}
+    return fn, params, (normal(3, 17),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
+
+
 def sliced_case():
     def fn(params, x, start):
         window = jax.lax.dynamic_slice(params["w"], (start, start), (4, 5))
@@ -213,6 +227,7 @@ CASES = {
     "plain functions": plain_case,
     "layers stacked by the model": joined_case,
     "constrained to devices": constrained_case,
+    "multiplied with a number": multiplied_case,
     "a slice before the first row": sliced_case,
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
@@ -302,6 +317,33 @@ def test_inputs_without_elements():
     apply = population_apply(model.apply, CONFIG, strict=True)
     assert apply(params, KEY, 0, normal(0, 7, 6, 8)).shape == (10, 0, 3, 5, 5)
     assert apply(params, KEY, 0, normal(10, 0, 7, 6, 8), per_member=True).shape == (10, 0, 3, 5, 5)
+
+
+def test_what_is_joined_with_a_multiplied_weight_is_materialised():
+    params = {"w": normal(5, 5), "gain": jnp.full((), 1.5)}
+
+    def fn(params, x):
+        w = params["w"] * params["gain"]
+        layers = jnp.stack([w, w])
+        return x @ jnp.concatenate([params["w"], w], 1), jnp.einsum("bi,lij->bj", x, layers)
+
+    with pytest.warns(UserWarning, match="no low-rank rule for this `concatenate` of 'w'"):
+        out = population_apply(fn, CONFIG)(params, KEY, 0, normal(3, 5))
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(3, 5))
+    for got, want in zip(out, expected, strict=True):
+        np.testing.assert_allclose(got[3], want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_convolution_with_a_multiplied_kernel():
+    params = {"kernel": normal(3, 3, 4, 6), "gain": jnp.full((), 1.5)}
+
+    def fn(params, x):
+        kernel = params["kernel"] * params["gain"]
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    out = population_apply(fn, CONFIG, strict=True)(params, KEY, 0, normal(2, 5, 5, 4))
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(2, 5, 5, 4))
+    np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("features", "window", "channels"), [(1, (3, 3), 4), (5, (1, 1), 1), (1, (1, 1), 1)])
