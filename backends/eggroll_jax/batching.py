@@ -91,14 +91,15 @@ def largest_value(closed: ClosedJaxpr, inputs: Sequence[Input]) -> int:
     return _largest(closed.jaxpr, inputs)[0]
 
 
-# A factored matrix goes through these as it is, and with a number through those.
+# A factored matrix goes through these as it is.
 _VIEWS = frozenset(
     {
         *("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "split", "rev"),
-        *("convert_element_type", "copy", "neg"),
+        *("convert_element_type", "copy", "neg", "sharding_constraint", "stop_gradient"),
     }
 )
-_SCALINGS = frozenset({"mul", "div"})
+# Several of them are one factored matrix after these.
+_JOINTS = frozenset({"concatenate", "stack"})
 
 
 def _largest(jaxpr: Jaxpr, inputs: Sequence[Input]) -> tuple[int, list[Input]]:
@@ -122,11 +123,13 @@ def _largest(jaxpr: Jaxpr, inputs: Sequence[Input]) -> tuple[int, list[Input]]:
 def _through(equation: Any, given: list[Input]) -> tuple[int, list[Input]]:
     """What an equation makes of its inputs: bytes of the largest value inside, and what its outputs are."""
     count, name = len(equation.outvars), equation.primitive.name
+    if _scales(equation, given):
+        return 0, ["factored"] * count
     if "own" not in given:
         if "factored" not in given:
             return 0, ["shared"] * count
-        scaled = name in _SCALINGS and any(_size(variable.aval) == 1 for variable in equation.invars)
-        if name in _VIEWS or scaled:
+        joined = name in _JOINTS and "shared" not in given
+        if name in _VIEWS or joined:
             return 0, ["factored"] * count
     inside = 0
     outputs: list[Input] = ["own"] * count
@@ -139,6 +142,16 @@ def _through(equation: Any, given: list[Input]) -> tuple[int, list[Input]]:
         if left_out == 0 and name not in ("scan", "while") and len(outs) == count:
             outputs = outs
     return inside, outputs
+
+
+def _scales(equation: Any, given: list[Input]) -> bool:
+    """Whether a factored matrix is multiplied with a number or divided by one, whoever's that is."""
+    name = equation.primitive.name
+    if name not in ("mul", "div"):
+        return False
+    matrices = [kind == "factored" for kind in given]
+    numbers = [getattr(variable.aval, "shape", None) == () for variable in equation.invars]
+    return (matrices[0] and numbers[1]) or (name == "mul" and matrices[1] and numbers[0])
 
 
 def _size(aval: Any) -> int:

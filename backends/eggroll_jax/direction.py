@@ -12,6 +12,7 @@ from eggroll.fitness import shape_fitness
 from eggroll.perturbation import LowRank, draws_and_signs
 from eggroll.update import dense_sum, direction_scale, low_rank_sum, weights_of_draws
 
+from .arguments import sigma_of
 from .draws import draw, draw_keys, generation_keys
 from .layout import Leaf, Plan
 from .population import member_mesh
@@ -71,6 +72,7 @@ def directions(
             check_vma=False,
         )
     sums = total(keys, draws, coefficients)
+    sigma = sigma_of(config, sigma)
     return [_finished(leaf, own, config, sigma) for leaf, own in zip(chosen.leaves, sums, strict=True)]
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from eggroll import EggrollConfig
-from eggroll.config import as_int
 from eggroll.perturbation import factors_of, low_rank_draws, noise_precision
 
+from .arguments import integer
 from .keys import Draws, fold_in, key_words, split
 from .layout import Leaf, Plan
 from .noise import normals
@@ -26,12 +26,7 @@ def generation_keys(chosen: Plan, key: Any, generation: Any, config: EggrollConf
         key: the run's key, as the user passed it.
         generation: a non-negative integer, possibly traced.
     """
-    if isinstance(generation, int):
-        generation = as_int("generation", generation, 0)
-    elif not jnp.issubdtype(jnp.result_type(generation), jnp.integer) or jnp.ndim(generation) != 0:
-        raise TypeError(
-            f"`generation` must be an integer, got {jnp.result_type(generation)} of shape {jnp.shape(generation)}"
-        )
+    generation = integer("generation", generation)
     of_parameter = split(key_words(key), chosen.parameters)
     keys = []
     for leaf in chosen.leaves:

@@ -56,6 +56,7 @@ def es_value_and_grad(
         True
     """
     as_bool("maximize", maximize)
+    as_bool("has_aux", has_aux)
     evaluate = evaluation_of(_with_scalar_value(fn, has_aux), config, layout, batch_size, strict, mesh, axis_name)
 
     def value_and_grad(
@@ -93,6 +94,11 @@ def _with_scalar_value(fn: Callable[..., Any], has_aux: bool) -> Callable[..., A
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"with `has_aux` the function must return a pair (value, aux), got {type(out).__name__}")
         value, aux = out if has_aux else (out, None)
+        if not jax.tree_util.all_leaves([value]):
+            raise TypeError(
+                f"the function must return one real number for a member, got {type(value).__name__}; "
+                "with `has_aux=True` it returns a pair of that and anything"
+            )
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != () or jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"the function must return one real number for a member, got {dtype} of shape {shape}")

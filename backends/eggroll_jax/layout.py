@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eggroll import EggrollConfig
+from eggroll.config import as_int
 
 __all__ = ["Dense", "Layout", "Matrix", "default_layout"]
 
@@ -47,6 +48,9 @@ class Dense:
     """A parameter with dense noise; its first `stack` axes stack layers, each with a key of its own."""
 
     stack: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stack", as_int("stack", self.stack, 0))
 
 
 Choice = Matrix | Dense | Literal["dense", "frozen"] | None
@@ -176,7 +180,7 @@ def plan(params: Any, config: EggrollConfig, layout: Layout = None, template: An
         leaves.append(
             _leaf(words, index[words], leaf, default_layout(words, leaf) if choice is None else choice, config)
         )
-    if all(leaf.kind == "frozen" for leaf in leaves):
+    if not any(leaf.layers for leaf in leaves):
         raise ValueError("`params` has no parameter to perturb: it is empty, or all of it is frozen")
     return Plan(tuple(leaves), len(index), treedef, tuple(constants))
 
@@ -226,7 +230,7 @@ def _leaf(words: tuple[str, ...], index: int, leaf: Any, choice: Any, config: Eg
     if choice == "dense":
         choice = Dense()
     if isinstance(choice, Dense):
-        if not 0 <= choice.stack <= len(shape):
+        if choice.stack > len(shape):
             raise ValueError(f"parameter {path!r} of shape {shape} does not have the axes of {choice}")
         kind: Literal["dense", "frozen"] = "frozen" if config.freeze_nonlora else "dense"
         return Leaf(path, index, shape, leaf.dtype, kind, stack=tuple(range(choice.stack)))

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +26,7 @@ class PerturbedArray(quax.ArrayValue):
     Every axis of ``W`` is a row axis (``r``), a column axis (``c``) or stacks layers (``s``). The factors have the
     axes of ``W``, of length 1 where they are constant, so that broadcasting says the rest:
 
-        W_i = base + scale * sum_k A[..., k] * B[..., k]
+        W_i = gain * (base + scale * sum_k A[..., k] * B[..., k])
 
     Attributes:
         base: ``W``, shape ``shape``, shared by the members.
@@ -37,6 +37,8 @@ class PerturbedArray(quax.ArrayValue):
             takes the leading, stacked axis away; an axis beyond its length stacks.
         name: the parameter's path, for messages.
         strict: whether materialising without being asked is an error.
+        gain: the number that the model multiplied the weight with, which may be the member's own; shape and dtype of
+            `scale`, or None.
     """
 
     base: Array
@@ -46,6 +48,7 @@ class PerturbedArray(quax.ArrayValue):
     kinds: str = eqx.field(static=True)
     name: str = eqx.field(static=True)
     strict: bool = eqx.field(static=True)
+    gain: Array | None = None
 
     @classmethod
     def from_factors(
@@ -100,7 +103,11 @@ class PerturbedArray(quax.ArrayValue):
         b, b_axes = self.factor_b()
         # A contraction, because broadcasting would hold `rank` matrices.
         product = jnp.einsum(a, [*a_axes, rank], b, [*b_axes, rank], every, preferred_element_type=jnp.float32)
-        return self.base + (self.scale * product).astype(self.base.dtype)
+        return self.gained(self.base + (self.scale * product).astype(self.base.dtype))
+
+    def gained(self, values: Array, place: Callable[[Array], Array] = lambda gain: gain) -> Array:
+        """`values`, made of all but `gain`, times that, once `place` has brought it to their axes."""
+        return values if self.gain is None else values * place(self.gain)
 
     def factor_a(self) -> tuple[Array, list[int]]:
         """`A` without its axes of length 1, and which axes of `base` are left; the rank axis stays last."""
@@ -110,10 +117,10 @@ class PerturbedArray(quax.ArrayValue):
         """`B` likewise."""
         return _without(self.B, self.axes, ROW)
 
-    def stacked_scale(self) -> tuple[Array, list[int]]:
-        """`scale` with its stacked axes only, and which axes of `base` they are."""
+    def stacked(self, part: Array) -> tuple[Array, list[int]]:
+        """`scale` or `gain` with its stacked axes only, and which axes of `base` they are."""
         stack = [axis for axis, kind in enumerate(self.axes) if kind == STACK]
-        return jnp.squeeze(self.scale, [axis for axis in range(self.base.ndim) if axis not in stack]), stack
+        return jnp.squeeze(part, [axis for axis in range(self.base.ndim) if axis not in stack]), stack
 
     @staticmethod
     def default(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:

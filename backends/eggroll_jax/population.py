@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from eggroll import EggrollConfig
+from eggroll.config import as_bool
 from eggroll.perturbation import draws_and_signs
 
+from .arguments import integer, sigma_of
 from .batching import BatchSize, check_batch_size, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
@@ -38,7 +40,7 @@ def perturb(
     Args:
         params: pytree of floating-point arrays.
         key: the run's key, see `jax.random.key`.
-        generation, member: non-negative integers, possibly traced.
+        generation, member: non-negative integers, possibly traced; `member` below the population's size.
         config: the hyperparameters.
         layout: which parameters are matrices, dense or frozen; see `eggroll.jax.Layout`.
         sigma: instead of `config.sigma`, possibly traced.
@@ -49,6 +51,9 @@ def perturb(
         arrays elsewhere. `materialise` makes all of it dense.
     """
     chosen = plan(params, config, layout)
+    member = integer("member", member)
+    if isinstance(member, int) and member >= config.population_size:
+        raise ValueError(f"`member` must be below the population of {config.population_size}, got {member}")
     draws, signs = draws_and_signs(jnp.asarray(member, jnp.int32)[None], config)
     noise = draw(chosen, draw_keys(generation_keys(chosen, key, generation, config), draws), config)
     own = jax.tree.map(lambda values: values[0], noise)
@@ -122,6 +127,7 @@ def evaluation_of(
 ) -> Callable[..., Evaluation]:
     """`population_apply`, whose function also says how it went."""
     check_batch_size(batch_size)
+    as_bool("strict", strict)
 
     def apply(
         params: Any,
@@ -138,10 +144,9 @@ def evaluation_of(
         check_used(chosen, traced.used)
         step = draws_to_evaluate(batch_size, config, chosen, traced)
         # One draw serves the members of a pair: what has an axis of members becomes (draws, members of a draw).
+        pairs = config.draws, config.members_per_draw
         paired = [
-            jax.tree.map(lambda leaf: jnp.reshape(leaf, (config.draws, -1, *jnp.shape(leaf)[1:])), arg)
-            if stack
-            else arg
+            jax.tree.map(lambda leaf: jnp.reshape(leaf, (*pairs, *jnp.shape(leaf)[1:])), arg) if stack else arg
             for arg, stack in zip(args, stacked, strict=True)
         ]
 
@@ -172,9 +177,9 @@ def evaluation_of(
         if mesh is not None:
             evaluate = _over_devices(evaluate, mesh, axis_name, config, stacked)
         members = jnp.arange(config.population_size, dtype=jnp.int32)
-        draws, signs = (values.reshape(config.draws, -1) for values in draws_and_signs(members, config))
+        draws, signs = (values.reshape(pairs) for values in draws_and_signs(members, config))
         keys = generation_keys(chosen, key, generation, config)
-        inputs = Inputs(chosen.arrays(params), keys, config.sigma if sigma is None else sigma)
+        inputs = Inputs(chosen.arrays(params), keys, sigma_of(config, sigma))
         with one_warning_for_each_primitive():
             out = evaluate(inputs, draws[:, 0], signs, *paired)
         out = [jnp.reshape(leaf, (config.population_size, *leaf.shape[2:])) for leaf in out]
@@ -223,7 +228,7 @@ def perturbed(
     chosen: Plan, arrays: list[Any], noise: list[Any], sign: Any, config: EggrollConfig, sigma: Any, strict: bool
 ) -> list[Any]:
     """The parameters as the member with this noise and sign sees them."""
-    scale = sign * (config.sigma if sigma is None else sigma)
+    scale = sign * sigma_of(config, sigma)
     return [_perturbed_leaf(*one, scale, config, strict) for one in zip(chosen.leaves, arrays, noise, strict=True)]
 
 
@@ -253,10 +258,10 @@ def check_used(chosen: Plan, used: Sequence[bool]) -> None:
 
 def _stacked(args: Sequence[Any], per_member: bool | Sequence[bool], config: EggrollConfig) -> list[bool]:
     """For each argument whether it has an axis of members, checked."""
-    stacked = [per_member] * len(args) if isinstance(per_member, bool) else list(per_member)
-    if len(stacked) != len(args):
+    stacked = [per_member] * len(args) if isinstance(per_member, bool) else per_member
+    if not isinstance(stacked, Sequence) or len(stacked) != len(args) or not all(own in (0, 1) for own in stacked):
         raise ValueError(
-            f"`per_member` must be a bool or one for each of the {len(args)} arguments, got {per_member}"
+            f"`per_member` must be a bool or one for each of the {len(args)} arguments, got {per_member!r}"
         )
     for place, (arg, stack) in enumerate(zip(args, stacked, strict=True)):
         for leaf in jax.tree.leaves(arg) if stack else ():
@@ -266,7 +271,7 @@ def _stacked(args: Sequence[Any], per_member: bool | Sequence[bool], config: Egg
                     f"argument {place} must have a leading axis of {config.population_size} members, "
                     f"got shape {shape}"
                 )
-    return stacked
+    return list(stacked)
 
 
 def _one_member(arg: Any) -> Any:

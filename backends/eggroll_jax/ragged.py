@@ -156,10 +156,12 @@ def _(lhs: ArrayLike, rhs: PerturbedArray, group_sizes: ArrayLike, **how: Any) -
     base = ragged_dot(x, rhs.base, sizes, **how)
     factors = [rhs.factor_a(), rhs.factor_b()]
     (first, _), (second, _) = factors if factors[0][1] == [0, 1] else factors[::-1]
-    scale, _ = rhs.stacked_scale()
+    scale, _ = rhs.stacked(rhs.scale)
     group = _groups(sizes, x.shape[0])
     of_row = jnp.minimum(group, rhs.base.shape[0] - 1)
     thin = jnp.einsum("bi,bir->br", x, first[of_row], precision=how["precision"])
     noise = jnp.einsum("br,bor->bo", thin, second[of_row], precision=how["precision"])
     noise = jnp.where((group < rhs.base.shape[0])[:, None], noise * scale[of_row][:, None], 0)
-    return base + noise.astype(base.dtype)
+    return rhs.gained(
+        base + noise.astype(base.dtype), lambda gain: rhs.stacked(gain)[0][of_row][:, None].astype(base.dtype)
+    )

@@ -8,7 +8,7 @@ import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
-from .perturbed import COLUMN, ROW, PerturbedArray, fall_back
+from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
 
 __all__ = ["contract"]
 
@@ -46,16 +46,23 @@ def contract(
     rows and columns, and meets the other factor. Axes are numbered for `jnp.einsum`: those of the weight from 0,
     the free ones of `x` after them, the rank last.
     """
-    base = lax.dot_general(
-        *((weight.base, x) if weight_first else (x, weight.base)),
-        dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        **params,
-    )
+
+    def product(matrix: Array) -> Array:
+        return lax.dot_general(
+            *((matrix, x) if weight_first else (x, matrix)),
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **params,
+        )
+
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     w_contract, x_contract = (lhs_contract, rhs_contract) if weight_first else (rhs_contract, lhs_contract)
     w_batch, x_batch = (lhs_batch, rhs_batch) if weight_first else (rhs_batch, lhs_batch)
+
+    if weight.gain is not None and any(weight.axes[axis] == STACK for axis in w_contract):
+        return product(fall_back(weight, "dot_general"))  # the sum runs over layers that differ in gain
+    base = product(weight.base)
 
     ndim = weight.base.ndim
     shared = dict(zip((*x_contract, *x_batch), (*w_contract, *w_batch), strict=True))
@@ -71,13 +78,14 @@ def contract(
         factors.reverse()
     (first, first_axes), (second, second_axes) = factors
     thin_axes = [axis for axis in dict.fromkeys([*x_axes, *first_axes]) if axis in {*out, *second_axes}]
-    scale, scale_axes = weight.stacked_scale()
+    scale, scale_axes = weight.stacked(weight.scale)
     thin = einsum(x, x_axes, first, [*first_axes, rank], [*thin_axes, rank], precision)
     if any(axis in w_contract for axis in scale_axes):  # the sum runs over layers that differ in scale
         thin, scale, scale_axes = thin * _along(scale, scale_axes, [*thin_axes, rank]), jnp.ones((), scale.dtype), []
     noise = einsum(thin, [*thin_axes, rank], second, [*second_axes, rank], out, precision)
     # Signs and sigma come last: the two members of a pair share everything before them, where `x` is shared too.
-    return base + (_along(scale, scale_axes, out) * noise).astype(base.dtype)
+    values = base + (_along(scale, scale_axes, out) * noise).astype(base.dtype)
+    return weight.gained(values, lambda gain: _along(*weight.stacked(gain), out).astype(base.dtype))
 
 
 def einsum(a: Array, a_axes: list[int], b: Array, b_axes: list[int], out: list[int], precision: Any) -> Array:
@@ -89,7 +97,7 @@ def einsum(a: Array, a_axes: list[int], b: Array, b_axes: list[int], out: list[i
     lengths = dict(zip((*a_axes, *b_axes), (*a.shape, *b.shape), strict=True))
     if all(lengths[axis] == 1 for axis in summed):
         return _along(a, a_axes, out) * _along(b, b_axes, out)
-    return jnp.einsum(a, a_axes, b, b_axes, out, precision=precision, preferred_element_type=a.dtype)
+    return jnp.einsum(a, a_axes, b, b_axes, out, precision=precision)
 
 
 def _along(a: Array, axes: list[int], out: list[int]) -> Array:

@@ -3,6 +3,7 @@
 A structural operation on ``W`` is the same operation on its factors, on those axes that a factor has.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
 from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
@@ -31,14 +34,19 @@ def each_part(
         axes: the kinds of the resulting axes, where they change.
     """
     kinds = x.axes
+
+    def of_layers(part: Array) -> Array:
+        return function(part, lambda axis: kinds[axis] == STACK, 0)
+
     return PerturbedArray(
         base=function(x.base, lambda axis: True, 0),
         A=function(x.A, lambda axis: kinds[axis] != COLUMN, 1),
         B=function(x.B, lambda axis: kinds[axis] != ROW, 1),
-        scale=function(x.scale, lambda axis: kinds[axis] == STACK, 0),
+        scale=of_layers(x.scale),
         kinds=kinds if axes is None else axes,
         name=x.name,
         strict=x.strict,
+        gain=None if x.gain is None else of_layers(x.gain),
     )
 
 
@@ -145,8 +153,13 @@ def _(
 
 @quax.register(lax.dynamic_slice_p)
 def _(x: PerturbedArray, *starts: ArrayLike, slice_sizes: Sequence[int]) -> PerturbedArray:
+    # The primitive clamps what the function of its name counts from the end.
+    inside = [
+        jnp.clip(start, 0, length - size) for start, length, size in zip(starts, x.shape, slice_sizes, strict=True)
+    ]
+
     def take(part: Array, has: Has, trailing: int) -> Array:
-        for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
+        for axis, (start, size) in enumerate(zip(inside, slice_sizes, strict=True)):
             if has(axis) and size != x.shape[axis]:
                 part = lax.dynamic_slice_in_dim(part, start, size, axis)
         return part
@@ -177,13 +190,23 @@ def _(x: PerturbedArray, *, dimensions: Sequence[int]) -> PerturbedArray:
 
 @quax.register(lax.concatenate_p)
 def _(*operands: PerturbedArray | ArrayLike, dimension: int) -> Any:
-    """Weights side by side are one matrix whose rank is the sum of their ranks (gates of an LSTM, packed q, k, v)."""
+    """Weights side by side are one matrix whose rank is the sum of their ranks (gates of an LSTM, packed q, k, v).
+
+    Weights one after the other are layers of one stack.
+    """
     weights = [operand for operand in operands if isinstance(operand, PerturbedArray)]
     kinds = {weight.axes for weight in weights}
     axes = kinds.pop() if len(kinds) == 1 else ""
-    if len(weights) != len(operands) or not axes or axes[dimension] == STACK:
+    if len(weights) != len(operands) or not axes or _differ(weights, axes[dimension]):
         dense = [fall_back(one, "concatenate") if isinstance(one, PerturbedArray) else one for one in operands]
         return lax.concatenate(dense, dimension)
+    base = lax.concatenate([weight.base for weight in weights], dimension)
+    name, strict = " and ".join(weight.name for weight in weights), any(weight.strict for weight in weights)
+    if axes[dimension] == STACK:
+        A, B, scale = (
+            lax.concatenate([getattr(weight, part) for weight in weights], dimension) for part in ("A", "B", "scale")
+        )
+        return PerturbedArray(base, A, B, scale, kinds=axes, name=name, strict=strict)
     grows_a = axes[dimension] == ROW
     split_factors, shared_factors = [], []
     total = sum(weight.A.shape[-1] for weight in weights)
@@ -197,14 +220,33 @@ def _(*operands: PerturbedArray | ArrayLike, dimension: int) -> Any:
         place += own.shape[-1]
     own, other = jnp.concatenate(split_factors, dimension), jnp.concatenate(shared_factors, -1)
     return PerturbedArray(
-        base=lax.concatenate([weight.base for weight in weights], dimension),
+        base=base,
         A=own if grows_a else other,
         B=other if grows_a else own,
         scale=jnp.ones_like(weights[0].scale),
         kinds=axes,
-        name=" and ".join(weight.name for weight in weights),
-        strict=any(weight.strict for weight in weights),
+        name=name,
+        strict=strict,
     )
+
+
+def _differ(weights: Sequence[PerturbedArray], kind: str) -> bool:
+    """Whether they cannot be one weight: layers of a stack have one rank, and whatever was multiplied is apart."""
+    ranks = {weight.A.shape[-1] for weight in weights}
+    return any(weight.gain is not None for weight in weights) or (kind == STACK and len(ranks) > 1)
+
+
+def _stack(*operands: PerturbedArray | ArrayLike, axis: int) -> Any:
+    def stack(*arrays: Any) -> Array:
+        return lax.concatenate([lax.expand_dims(array, [axis]) for array in arrays], axis)
+
+    return quax.quaxify(stack)(*operands)
+
+
+# What `jnp.stack` ends with: not every version of JAX has a primitive for it.
+_STACKING = jax.make_jaxpr(lambda x: jnp.stack([x, x]))(0.0).eqns[-1].primitive
+if _STACKING is not lax.concatenate_p:
+    quax.register(_STACKING)(_stack)
 
 
 @quax.register(lax.convert_element_type_p)
@@ -219,6 +261,18 @@ def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
     return x
 
 
+def _register_identity(primitive: Primitive) -> None:
+    @quax.register(primitive)
+    def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
+        """Where its values are, and what follows from them, matters for the base, which is stored, alone."""
+        return dataclasses.replace(x, base=primitive.bind(x.base, **params))
+
+
+# Flax constrains partitioned parameters wherever a mesh is set.
+_register_identity(sharding_constraint_p)
+_register_identity(stop_gradient_p)
+
+
 @quax.register(lax.neg_p)
 def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
     return _scaled(x, jnp.negative)
@@ -226,23 +280,28 @@ def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
 
 @quax.register(lax.mul_p)
 def _(x: PerturbedArray, y: ArrayLike, **params: Any) -> Any:
-    return _scaled(x, lambda part: part * y) if jnp.ndim(y) == 0 else fall_back(x, "mul") * y
+    return _multiplied(x, y, lambda part: part * y) if jnp.ndim(y) == 0 else fall_back(x, "mul") * y
 
 
 @quax.register(lax.mul_p)
 def _(x: ArrayLike, y: PerturbedArray, **params: Any) -> Any:
     factor = jnp.asarray(x)
-    return _scaled(y, lambda part: factor * part) if factor.ndim == 0 else factor * fall_back(y, "mul")
+    return _multiplied(y, x, lambda part: factor * part) if factor.ndim == 0 else factor * fall_back(y, "mul")
 
 
 @quax.register(lax.div_p)
 def _(x: PerturbedArray, y: ArrayLike, **params: Any) -> Any:
     divisor = jnp.asarray(y)
-    return _scaled(x, lambda part: part / divisor) if divisor.ndim == 0 else fall_back(x, "div") / divisor
+    return _multiplied(x, y, lambda part: part / divisor) if divisor.ndim == 0 else fall_back(x, "div") / divisor
+
+
+def _multiplied(x: PerturbedArray, number: ArrayLike, function: Callable[[Array], Array]) -> PerturbedArray:
+    """`x` times or through a number. One that is not known yet may be the member's own: the base must stay shared."""
+    if not isinstance(number, jax.core.Tracer):
+        return _scaled(x, function)
+    return dataclasses.replace(x, gain=function(jnp.ones_like(x.scale) if x.gain is None else x.gain))
 
 
 def _scaled(x: PerturbedArray, function: Callable[[Array], Array]) -> PerturbedArray:
     """`x` times a number: the base and the scale are."""
-    return PerturbedArray(
-        base=function(x.base), A=x.A, B=x.B, scale=function(x.scale), kinds=x.kinds, name=x.name, strict=x.strict
-    )
+    return dataclasses.replace(x, base=function(x.base), scale=function(x.scale))

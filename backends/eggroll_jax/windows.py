@@ -57,7 +57,7 @@ def _(
     if all(x.axes[axis] == STACK for axis in picked) and _is_consistent(looked_up):
         return looked_up
     noise = looked_up.scale * jnp.sum(looked_up.A * looked_up.B, axis=-1)
-    return looked_up.base + noise.astype(x.dtype)
+    return looked_up.gained(looked_up.base + noise.astype(x.dtype))
 
 
 def _is_consistent(x: PerturbedArray) -> bool:
@@ -99,14 +99,17 @@ def _(
         )
 
     out_axis = dimension_numbers.rhs_spec[0]
-    kinds = [
+    # Axes of length 1 are of any kind.
+    out_kind, window_kind = (
         "".join({kernel.axes[axis] for axis in axes if kernel.shape[axis] != 1})
         for axes in ([out_axis], [axis for axis in range(kernel.ndim) if axis != out_axis])
-    ]
-    if batch_group_count != 1 or kinds not in ([ROW, COLUMN], [COLUMN, ROW]):
+    )
+    if batch_group_count == 1 and out_kind in (ROW, "") and window_kind in (COLUMN, ""):
+        window, features = kernel.B, kernel.A
+    elif batch_group_count == 1 and out_kind in (COLUMN, "") and window_kind in (ROW, ""):
+        window, features = kernel.A, kernel.B
+    else:
         return convolve(fall_back(kernel, "conv_general_dilated"))
-
-    window, features = (kernel.B, kernel.A) if kinds[0] == ROW else (kernel.A, kernel.B)
     rank, groups = window.shape[-1], feature_group_count
     filters = jnp.moveaxis(jnp.squeeze(window, out_axis), -1, out_axis)  # (..., rank, ...)
     thin = convolve(jnp.concatenate([filters] * groups, out_axis))
@@ -117,5 +120,6 @@ def _(
     places = list(range(thin.ndim - 2))
     group, out, k = thin.ndim, thin.ndim + 1, thin.ndim + 2
     noise = einsum(thin, [*places, group, k], by_group, [group, out, k], [*places, group, out], precision)
-    noise = jnp.moveaxis(noise.reshape(*noise.shape[:-2], -1), -1, feature_axis)
-    return convolve(kernel.base) + (kernel.scale.reshape(()) * noise).astype(noise.dtype)
+    noise = jnp.moveaxis(noise.reshape(*noise.shape[:-2], kernel.shape[out_axis]), -1, feature_axis)
+    values = convolve(kernel.base) + (kernel.scale.reshape(()) * noise).astype(noise.dtype)
+    return kernel.gained(values, lambda gain: gain.reshape(()).astype(values.dtype))

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.write_vectors is not None:
-            return _write_vectors(options.write_vectors, options.seed)
+            return _write_vectors(options)
         report = _report(options)
     except _UsageError as error:
         print(f"eggroll-parity: error: {error}", file=sys.stderr)
@@ -79,14 +79,18 @@ def _report(options: argparse.Namespace) -> Report:
     return report
 
 
-def _write_vectors(directory: Path, seed: int) -> int:
+def _write_vectors(options: argparse.Namespace) -> int:
+    directory = options.write_vectors
+    for name in ("vectors", "reference", "json", "only", "backends", "quick"):
+        if getattr(options, name) not in (None, False):
+            raise _UsageError(f"`--write-vectors` compares nothing: it must be without `--{name}`")
     from .writing import write_vectors
 
     try:
-        paths = write_vectors(directory, seed)
+        paths = write_vectors(directory, options.seed)
     except OSError as error:
         raise _UsageError(
-            f"`--write-vectors` must be a directory that can be written, got {directory}: {error}"
+            f"`--write-vectors` must be a directory that can be written, got {directory}: {error.strerror}"
         ) from None
     print(f"wrote {', '.join(path.name for path in paths)} to {directory}")
     return 0

@@ -38,9 +38,10 @@ class Recording:
             VectorError: it cannot be read, is truncated, or is not an archive of arrays.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if not isinstance(file, np.lib.npyio.NpzFile):
-                    raise VectorError(f"{path}: must be an archive of arrays (.npz), got a single array")
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise VectorError(f"{path}: must be an archive of arrays (.npz), got a single array")
+            with file:
                 return cls(path.name, {name: file[name] for name in file.files})
         except VectorError:
             raise

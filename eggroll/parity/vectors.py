@@ -181,6 +181,6 @@ def _shape(recording: Recording, name: str) -> tuple[int, ...]:
 
 
 def _length(recording: Recording, name: str) -> int:
-    if not name.isdigit() or int(name) < 1:
+    if not name.isdecimal() or int(name) < 1:
         raise recording.error(f"entry 'split.{name}' must be named by its length, such as 'split.5'")
     return int(name)

@@ -25,6 +25,11 @@ def largest(fn, *inputs) -> int:
     ("fn", "values"),
     [
         (lambda w, x: x @ w.T, 3 * 50),  # the transposed matrix stays in factors
+        (lambda w, x: x @ jax.lax.stop_gradient(jnp.stack([w, w])[0]).T, 3 * 50),
+        (lambda w, x: x @ jnp.concatenate([w, w]).T, 3 * 100),
+        (lambda w, x: x @ (w / (w @ x[0])[0]).T, 3 * 50),  # by a number of its own
+        (lambda w, x: x @ (1 / w).T, 50 * 40),
+        (lambda w, x: x @ jnp.concatenate([w, jnp.ones((9, 40))]).T, 59 * 40),
         (lambda w, x: jnp.sum(jnp.tile(x @ w.T, 7)), 3 * 50 * 7),
         (jax.jit(lambda w, x: jnp.sum(jax.jit(lambda y, v: jnp.exp(y @ v))(x, 2 * w.T))), 3 * 50),
         (lambda w, x: jax.lax.scan(lambda c, row: (c + (w @ row).sum(), None), 0.0, x)[0], 50),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from eggroll import EggrollConfig
 from eggroll.jax import Dense, Matrix, default_layout, materialise, perturb, population_apply
@@ -119,6 +120,52 @@ def plain_case():
     return plain, {"w": normal(18, 6), "v": normal(2, 9, 7) * 0.3, "u": normal(14, 14) * 0.3}, (normal(3, 6),), None
 
 
+def joined(params, x):
+    """Layers from a list run as a stack, and one of them is looked up."""
+    layers = jnp.stack(params["layers"])
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.concatenate([layers, 0.5 * params["more"]]))[0]
+    return jnp.einsum("bi,oi->bo", x, jnp.stack(params["layers"], 1)[:, 1])
+
+
+def joined_case():
+    params = {"layers": [normal(17, 17), jnp.flip(normal(17, 17))], "more": normal(2, 17, 17)}
+    layout = {"layers": None, "more": Matrix(1, 2)}
+    return joined, params, (normal(3, 17),), lambda path, leaf: layout[path[0]]
+
+
+def constrained_case():
+    """What Flax does with partitioned parameters, and code that was written for gradients."""
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+
+    def fn(w, x):
+        w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(None, "model")))
+        return x @ jax.lax.stop_gradient(w)
+
+    return fn, normal(17, 5), (normal(3, 17),), None
+
+
+def multiplied_case():
+    """A gain that is learned, and one that follows from the weight: each member has another."""
+
+    def fn(params, x):
+        w = params["w"] * params["gain"]
+        x = jnp.tanh(x @ (w / jnp.sqrt(jnp.sum((x @ w) ** 2))))
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, params["gain"] * params["layers"])[0]
+        experts = params["layers"] / params["gain"]
+        return x @ w.T + jax.lax.ragged_dot(x, experts, jnp.asarray([1, 2])) + w[jnp.asarray([4, 0, 2])]
+
+    params = {"w": normal(17, 17), "layers": normal(2, 17, 17) * 0.3, "gain": jnp.full((), 1.5)}
+    return fn, params, (normal(3, 17),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
+
+
+def sliced_case():
+    def fn(params, x, start):
+        window = jax.lax.dynamic_slice(params["w"], (start, start), (4, 5))
+        return x @ window
+
+    return fn, {"w": normal(13, 7)}, (normal(5, 4), jnp.asarray(-15)), None
+
+
 def custom_vjp_case():
     @jax.custom_vjp
     def double(w, x):
@@ -178,6 +225,10 @@ CASES = {
         lambda model, x: model(x), EqxConv(eqx.nn.Conv1d(6, 9, 3, key=KEY)), (normal(1, 6, 5),), None,
     ),
     "plain functions": plain_case,
+    "layers stacked by the model": joined_case,
+    "constrained to devices": constrained_case,
+    "multiplied with a number": multiplied_case,
+    "a slice before the first row": sliced_case,
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
 }  # fmt: skip
@@ -248,6 +299,59 @@ def test_bfloat16(case):
         np.testing.assert_allclose(
             np.asarray(out[member], np.float32), expected, rtol=0, atol=2**-4 * np.abs(expected).max()
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.bfloat16])
+def test_inputs_of_another_dtype_than_the_weights(dtype):
+    w, x = normal(8, 5), (jnp.arange(24).reshape(3, 8) % 3).astype(dtype)
+    for fn in (lambda w, x: x @ w, lambda w, x: jnp.einsum("io,bi->ob", w, x)):
+        out = population_apply(fn, CONFIG, strict=True)(w, KEY, 0, x)
+        for member in range(2):
+            expected = fn(materialise(perturb(w, KEY, 0, member, CONFIG)), x)
+            np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_inputs_without_elements():
+    model = LinenConv()
+    params = model.init(KEY, normal(1, 7, 6, 8))
+    apply = population_apply(model.apply, CONFIG, strict=True)
+    assert apply(params, KEY, 0, normal(0, 7, 6, 8)).shape == (10, 0, 3, 5, 5)
+    assert apply(params, KEY, 0, normal(10, 0, 7, 6, 8), per_member=True).shape == (10, 0, 3, 5, 5)
+
+
+def test_what_is_joined_with_a_multiplied_weight_is_materialised():
+    params = {"w": normal(5, 5), "gain": jnp.full((), 1.5)}
+
+    def fn(params, x):
+        w = params["w"] * params["gain"]
+        layers = jnp.stack([w, w])
+        return x @ jnp.concatenate([params["w"], w], 1), jnp.einsum("bi,lij->bj", x, layers)
+
+    with pytest.warns(UserWarning, match="no low-rank rule for this `concatenate` of 'w'"):
+        out = population_apply(fn, CONFIG)(params, KEY, 0, normal(3, 5))
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(3, 5))
+    for got, want in zip(out, expected, strict=True):
+        np.testing.assert_allclose(got[3], want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_convolution_with_a_multiplied_kernel():
+    params = {"kernel": normal(3, 3, 4, 6), "gain": jnp.full((), 1.5)}
+
+    def fn(params, x):
+        kernel = params["kernel"] * params["gain"]
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    out = population_apply(fn, CONFIG, strict=True)(params, KEY, 0, normal(2, 5, 5, 4))
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(2, 5, 5, 4))
+    np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("features", "window", "channels"), [(1, (3, 3), 4), (5, (1, 1), 1), (1, (1, 1), 1)])
+def test_convolutions_of_a_row_or_a_column(features, window, channels):
+    fn, params, (x,), _ = linen(nn.Conv(features, window), normal(2, 5, 4, channels))
+    out = population_apply(fn, CONFIG, strict=True)(params, KEY, 0, x)
+    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), x)
+    np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 10, 64])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import eggroll.jax.hyperscale as hs
@@ -72,6 +73,8 @@ def test_leaves():
     assert frozen["layer"]["steps"] is params["layer"]["steps"]
     with pytest.raises(ValueError, match="no parameter to perturb"):
         perturb(params, KEY, 0, 0, CONFIG, layout="frozen")
+    with pytest.raises(ValueError, match="no parameter to perturb"):
+        perturb(jnp.ones((0, 3, 2)), KEY, 0, 0, CONFIG, layout=Matrix(1, 2))
 
 
 def test_a_parameter_without_a_part():
@@ -104,14 +107,14 @@ def test_layouts(layout, error, message):
         perturb({"w": W}, KEY, 0, 0, CONFIG, layout=layout)
     with pytest.raises(TypeError, match="`rows` must be an axis"):
         Matrix(rows="in")
+    with pytest.raises(ValueError, match="`stack` must be a non-negative int, got -1"):
+        Dense(-1)
 
 
 def test_arguments_and_outputs_of_the_function():
     apply = population_apply(lambda w, x: x @ w, CONFIG)
     with pytest.raises(ValueError, match=r"argument 0 must have a leading axis of 8 members, got shape \(7, 3\)"):
         traced(lambda x: apply(W, KEY, 0, x, per_member=True), jnp.ones((7, 3)))
-    with pytest.raises(ValueError, match="`per_member` must be a bool or one for each of the 1 arguments"):
-        apply(W, KEY, 0, jnp.ones(3), per_member=(True, False))
     with pytest.raises(TypeError, match="`generation` must be an integer, got float32"):
         apply(W, KEY, jnp.asarray(1.5), jnp.ones(3))
     with pytest.raises(ValueError, match="`generation` must be a non-negative int, got -1"):
@@ -120,6 +123,43 @@ def test_arguments_and_outputs_of_the_function():
         es_value_and_grad(lambda w, x: x @ w, CONFIG, maximize=True)(W, KEY, 0, jnp.ones(3))
     with pytest.raises(TypeError, match="must return a pair"):
         es_value_and_grad(lambda w: w.sum(), CONFIG, maximize=True, has_aux=True)(W, KEY, 0)
+    with pytest.raises(TypeError, match="one real number for a member, got tuple; with `has_aux=True`"):
+        es_value_and_grad(lambda w: (w.sum(), w), CONFIG, maximize=True)(W, KEY, 0)
+    with pytest.raises(TypeError, match="`has_aux` must be a bool, got 'no'"):
+        es_value_and_grad(lambda w: w.sum(), CONFIG, maximize=True, has_aux="no")
+    with pytest.raises(TypeError, match="`strict` must be a bool, got 'no'"):
+        population_apply(lambda w, x: x @ w, CONFIG, strict="no")
+
+
+@pytest.mark.parametrize("per_member", [1, None, "yes", ("yes",), (True, False)])
+def test_what_is_per_member(per_member):
+    with pytest.raises(ValueError, match="`per_member` must be a bool or one for each of the 1 arguments, got "):
+        population_apply(lambda w, x: x @ w, CONFIG)(W, KEY, 0, jnp.ones(3), per_member=per_member)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("generation", 1.0, TypeError, "`generation` must be a non-negative int, got 1.0"),
+        ("generation", np.int64(-1), ValueError, "`generation` must be a non-negative int, got"),
+        ("generation", jnp.arange(2), TypeError, r"`generation` must be an integer, got int32 of shape \(2,\)"),
+        ("member", 8, ValueError, "`member` must be below the population of 8, got 8"),
+        ("member", -1, ValueError, "`member` must be a non-negative int, got -1"),
+        ("member", 1.5, TypeError, "`member` must be a non-negative int, got 1.5"),
+        ("sigma", -0.1, ValueError, "`sigma` must be a positive finite number, got -0.1"),
+        ("sigma", "small", TypeError, "`sigma` must be a positive finite number, got 'small'"),
+        ("sigma", jnp.ones(8), TypeError, r"`sigma` must be a positive number, got float32 of shape \(8,\)"),
+    ],
+)
+def test_numbers(name, value, error, message):
+    numbers = {"generation": 0, "member": 0, "sigma": None} | {name: value}
+    sigma = numbers.pop("sigma")
+    with pytest.raises(error, match=message):
+        perturb(W, KEY, config=CONFIG, sigma=sigma, **numbers)
+    if name == "sigma":
+        optimizer = scale_by_eggroll(CONFIG, KEY, sigma=sigma)
+        with pytest.raises(error, match=message):
+            optimizer.update(W, optimizer.init(W), W, fitness=jnp.ones(8))
 
 
 def test_devices():

@@ -117,6 +117,17 @@ def test_multi_steps_average_the_directions_of_generations():
     assert_trees_close(updates, jax.tree.map(lambda *gs: -sum(gs) / 3, *directions))
 
 
+def test_a_generation_without_a_direction_can_be_left_out():
+    w = jnp.ones((3, 2))
+    optimizer = optax.chain(scale_by_eggroll(CONFIG, KEY), optax.apply_if_finite(optax.sgd(0.1), 3))
+    state = optimizer.init(w)
+    for generation, bad in ((0, jnp.nan), (1, 0.0)):
+        assert state[0].count == generation
+        fitness = jnp.arange(float(CONFIG.population_size)).at[2].add(bad)
+        updates, state = optimizer.update(w, state, w, fitness=fitness)
+        assert bool((updates == 0).all()) is (generation == 0)
+
+
 def test_masked_needs_the_whole_tree_and_then_keeps_its_noise():
     mask = {"bias": False, "kernel": True}
     scores = jnp.linspace(-1, 1, 32) ** 2

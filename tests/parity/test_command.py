@@ -105,6 +105,9 @@ def test_a_backend_that_is_not_installed_says_what_to_install():
         (["--backends", "torch-tpu"], "`--backends` must name devices of this machine (torch-cpu"),
         (["--vectors", "/nowhere"], "`--vectors` must be a directory of recorded vectors, got /nowhere"),
         (["--reference", "/nowhere"], "`--reference` must be a HyperscaleES checkout, got /nowhere"),
+        (["--write-vectors", "/dev/null"], "directory that can be written, got /dev/null: File exists"),
+        (["--write-vectors", "there", "--json", "t.json"], "compares nothing: it must be without `--json`"),
+        (["--write-vectors", "there", "--vectors", "/nowhere"], "compares nothing: it must be without `--vectors`"),
         (["--json", "/nowhere/table.json"], "`--json` must be a file that can be written, got /nowhere/table.json"),
     ],
 )

@@ -152,11 +152,17 @@ def truncated(directory, name):
     (directory / name).write_bytes((RECORDED / name).read_bytes()[:900])
 
 
+def single(directory, name):
+    with (directory / name).open("wb") as file:
+        np.save(file, np.ones(2))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / "prng.npz").write_bytes(b"not an archive"), "prng.npz: not an archive of arrays"),
         (lambda d: truncated(d, "prng.npz"), "prng.npz: not an archive of arrays"),
+        (lambda d: single(d, "prng.npz"), "prng.npz: must be an archive of arrays (.npz), got a single array"),
         (lambda d: np.savez(d / "weights.npz", a=np.ones(2)), "weights.npz: must be one of prng*.npz"),
         (lambda d: np.savez(d / "prng.npz", a=np.ones(2)), "prng.npz: has no entry 'key'"),
         (lambda d: np.savez(d / "fitness.npz", cases=np.asarray([object()])), "fitness.npz: not an archive of"),

@@ -1,0 +1,40 @@
+"""Numbers that a user passes, possibly traced."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eggroll import EggrollConfig
+from eggroll.config import as_int, as_positive_float
+
+__all__ = ["integer", "sigma_of"]
+
+
+def integer(name: str, value: Any) -> Any:
+    """`value` if it is a non-negative int or an integer array of shape ``()``.
+
+    Raises:
+        TypeError, ValueError: it is neither; the message names argument, rule and value.
+    """
+    if not isinstance(value, jax.Array | np.ndarray):
+        return as_int(name, value, 0)
+    if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim != 0:
+        raise TypeError(f"`{name}` must be an integer, got {value.dtype} of shape {value.shape}")
+    return value
+
+
+def sigma_of(config: EggrollConfig, sigma: Any) -> Any:
+    """The scale of the noise: `sigma`, a positive number or a real array of shape ``()``, or the configuration's.
+
+    Raises:
+        TypeError, ValueError: as for `integer`.
+    """
+    if sigma is None:
+        return config.sigma
+    if not isinstance(sigma, jax.Array | np.ndarray):
+        return as_positive_float("sigma", sigma)
+    if jnp.issubdtype(sigma.dtype, jnp.complexfloating) or sigma.ndim != 0:
+        raise TypeError(f"`sigma` must be a positive number, got {sigma.dtype} of shape {sigma.shape}")
+    return sigma
