@@ -54,7 +54,7 @@ def called(operation: CustomOpDef, *args: Any) -> Tensor:
         operation: has a rule. It takes no keyword arguments, and returns one tensor.
         args: tensors in lists are the same for all that is vectorised over.
     """
-    if maybe_current_level is None or maybe_current_level() is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or maybe_current_level is None or maybe_current_level() is None:
         return operation(*args)
     interpreter = retrieve_current_functorch_interpreter()
     if not isinstance(interpreter, VmapInterpreter):
