@@ -28,7 +28,7 @@ class _Prepared:
     Attributes:
         chunk: the noise that it is made of.
         dense: by name the dense noise of each member as it is added to the parameter, once it was needed.
-        low_rank: by name the scales of all members, then the factors or keys.
+        low_rank: by name the scales of all members, then the factors or keys, once they were needed.
     """
 
     chunk: ChunkNoise
@@ -72,24 +72,28 @@ class EggrollWeights:
         return {parameter.name: self._with_dense_noise(parameter, prepared) for parameter in self._dense}
 
     def shared(self, members: range) -> dict[str, list[Tensor]]:
-        noise = self._of_chunk(members).low_rank
+        prepared = self._of_chunk(members)
+        noise = prepared.low_rank = prepared.low_rank or self._low_rank_noise(prepared.chunk)
         return {p.name: [p.parameter.detach(), *noise[p.name]] for p in self._low_rank}
 
     def _of_chunk(self, members: range) -> _Prepared:
         if self._prepared is not None and self._prepared.chunk.members == members:
             return self._prepared
         prepared = _Prepared(self.source.chunk(members))
-        scales: dict[float, Tensor] = {}
-        for parameter in self._low_rank:
-            factors = self.source.factors(parameter, prepared.chunk)
-            scale = self.source.low_rank_scale(parameter)
-            if scale not in scales:
-                scales[scale] = prepared.chunk.signs * scale
-            noise = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
-            prepared.low_rank[parameter.name] = [scales[scale], *noise]
         if len(members) * self._numbers_of_member <= _KEPT:
             self._prepared = prepared
         return prepared
+
+    def _low_rank_noise(self, chunk: ChunkNoise) -> dict[str, list[Tensor]]:
+        """See `_Prepared`."""
+        noise, scales = {}, {}
+        for parameter in self._low_rank:
+            factors, scale = self.source.factors(parameter, chunk), self.source.low_rank_scale(parameter)
+            if scale not in scales:
+                scales[scale] = chunk.signs * scale
+            drawn = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
+            noise[parameter.name] = [scales[scale], *drawn]
+        return noise
 
     def _with_dense_noise(self, parameter: ParameterNoise, prepared: _Prepared) -> Tensor:
         """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
