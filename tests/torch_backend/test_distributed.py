@@ -7,6 +7,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import multiprocessing
 import os
 import pickle
 import re
@@ -31,13 +32,17 @@ pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="PyTorch was built without gloo"
 )
 
+# One process imports PyTorch, and the others begin as its copies.
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+multiprocessing.set_forkserver_preload(["eggroll_torch", "pytest"])
+
 MEMBERS = 10
 X = torch.linspace(-1, 1, 12).view(4, 3)
 
 
 def in_processes(tmp_path: Path, count: int, body: Callable[[int], Any]) -> list[Any]:
     """What `body`, given its rank, returns in each of `count` processes."""
-    torch.multiprocessing.spawn(_process, (count, str(tmp_path), body), nprocs=count)
+    torch.multiprocessing.start_processes(_process, (count, str(tmp_path), body), count, start_method=START)
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
@@ -331,7 +336,7 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path: Path):
     assert (first["no words"], second["no words"]) == ("process 1 of 2 failed with WordlessError", "WordlessError")
 
 
-def interrupted(rank: int) -> Any:
+def interrupted(rank: int, folder: Path) -> Any:
     """Ctrl-C in a terminal reaches all processes, one of them while it waits for the other."""
     trainer = trainer_of("pairs", distributed=True)
     before = run_state(trainer)
@@ -339,13 +344,12 @@ def interrupted(rank: int) -> Any:
     def score(population: Population) -> Tensor:
         if rank == 1:
             time.sleep(3)
-            os.kill(int(Path(f"{folder}/0.pid").read_text()), signal.SIGINT)
+            os.kill(int((folder / "0.pid").read_text()), signal.SIGINT)
             time.sleep(1)
             raise KeyboardInterrupt
         return fitness_of(population)
 
-    folder = os.environ["EGGROLL_TEST_FOLDER"]
-    Path(f"{folder}/{rank}.pid").write_text(str(os.getpid()))
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
     distributed.barrier()
     trainer.population_fitness_fn = score
     found = raised(trainer.step)
@@ -356,9 +360,8 @@ def interrupted(rank: int) -> Any:
     return found, run_state(trainer)
 
 
-def test_ctrl_c_in_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("EGGROLL_TEST_FOLDER", str(tmp_path))
-    (first, state), (second, same) = in_processes(tmp_path, 2, interrupted)
+def test_ctrl_c_in_all_of_them(tmp_path: Path):
+    (first, state), (second, same) = in_processes(tmp_path, 2, functools.partial(interrupted, folder=tmp_path))
     assert first == second == "KeyboardInterrupt: "
     assert_identical(state, same)
 
