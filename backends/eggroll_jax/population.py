@@ -12,7 +12,7 @@ from eggroll import EggrollConfig
 from eggroll.config import as_bool
 from eggroll.perturbation import draws_and_signs
 
-from .arguments import integer, sigma_of
+from .arguments import check_config, integer, sigma_of
 from .batching import BatchSize, check_batch_size, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
@@ -50,6 +50,7 @@ def perturb(
         `params` with a `PerturbedArray` in the place of each matrix, for functions under `quax.quaxify`, and
         arrays elsewhere. `materialise` makes all of it dense.
     """
+    check_config(config)
     chosen = plan(params, config, layout)
     member = integer("member", member)
     if isinstance(member, int) and member >= config.population_size:
@@ -126,6 +127,7 @@ def evaluation_of(
     axis_name: str,
 ) -> Callable[..., Evaluation]:
     """`population_apply`, whose function also says how it went."""
+    check_config(config)
     check_batch_size(batch_size)
     as_bool("strict", strict)
 

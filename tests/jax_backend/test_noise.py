@@ -75,6 +75,7 @@ def test_recorded_fold_in():
     key = jnp.asarray(RECORD["key"])
     np.testing.assert_array_equal(fold_in(key, RECORD["fold_in.data"]), RECORD["fold_in.keys"])
     np.testing.assert_array_equal(fold_in(key, int(RECORD["fold_in.data"][1])), RECORD["fold_in.keys"][1])
+    np.testing.assert_array_equal(fold_in(key, 2**32 - 1), prng.fold_in(RECORD["key"], 2**32 - 1))
 
 
 @pytest.mark.parametrize("name", SHAPES)
