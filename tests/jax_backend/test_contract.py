@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from eggroll import EggrollConfig
@@ -138,8 +139,10 @@ def constrained_case():
     mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
 
     def fn(w, x):
-        w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(None, "model")))
-        return x @ jax.lax.stop_gradient(w)
+        sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
+        w = jax.device_put(jax.lax.with_sharding_constraint(w, sharding), sharding)
+        w, x = jax.lax.optimization_barrier((jax.lax.stop_gradient(w), x))
+        return x @ checkpoint_name(w, "weight")
 
     return fn, normal(17, 5), (normal(3, 17),), None
 
@@ -164,6 +167,19 @@ def sliced_case():
         return x @ window
 
     return fn, {"w": normal(13, 7)}, (normal(5, 4), jnp.asarray(-15)), None
+
+
+def padded_case():
+    """Rows, columns and layers that the model adds."""
+
+    def fn(params, x):
+        w = jnp.pad(params["w"], ((1, 2), (0, 3)), constant_values=0.5)
+        layers = jnp.pad(params["layers"], ((1, 0), (0, 0), (2, 0)), constant_values=0.1)
+        x = jnp.pad(x, ((0, 0), (1, 2))) @ w @ jnp.tile(w, (1, 2))[:8]
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.tile(layers, (2, 1, 1)))[0]
+
+    params = {"w": normal(13, 5) * 0.3, "layers": normal(2, 16, 14) * 0.3}
+    return fn, params, (normal(3, 13),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
 
 
 def custom_vjp_case():
@@ -201,6 +217,14 @@ CASES = {
     "linen.Dense": lambda: linen(LinenMLP(), normal(3, 17)),
     "linen.Conv": lambda: linen(LinenConv(), normal(2, 7, 6, 8)),
     "linen.Conv grouped": lambda: linen(LinenConv(groups=4), normal(2, 7, 6, 8)),
+    "linen.Conv grouped, inputs apart": lambda: (
+        *linen(nn.Conv(6, (3, 2), feature_group_count=2), normal(1, 4, 3, 8))[:3],
+        lambda path, leaf: Matrix(2, (0, 1, 3)) if path[-1] == "kernel" else None,
+    ),
+    "linen.ConvTranspose": lambda: linen(nn.ConvTranspose(5, (3, 2), (2, 1)), normal(1, 4, 3, 6)),
+    "linen.ConvTranspose, transposed kernel": lambda: linen(
+        nn.ConvTranspose(5, (3, 2), (2, 1), transpose_kernel=True), normal(1, 4, 3, 6)
+    ),
     "linen.Embed": lambda: linen(LinenEmbed(), jnp.asarray([3, 36, 0])),
     "linen.MultiHeadDotProductAttention": lambda: linen(LinenBlock(), normal(1, 4, 17)),
     "linen.LSTMCell": lambda: linen(nn.RNN(nn.LSTMCell(13)), normal(1, 3, 17)),
@@ -229,6 +253,7 @@ CASES = {
     "constrained to devices": constrained_case,
     "multiplied with a number": multiplied_case,
     "a slice before the first row": sliced_case,
+    "padded and tiled": padded_case,
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
 }  # fmt: skip
