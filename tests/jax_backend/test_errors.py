@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import eggroll.jax.hyperscale as hs
 from eggroll import EggrollConfig
@@ -178,7 +178,9 @@ def test_numbers(name, value, error, message):
 
 
 def test_devices():
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"no mesh is set or one with automatic axes, .* got "):
+        population_apply(lambda w, x: x @ w, CONFIG, mesh=mesh, axis_name="data")(W, KEY, 0, jnp.ones(3))
     inside = jax.shard_map(lambda w: w, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     with pytest.raises(NotImplementedError, match=r"cannot run `jax.shard_map` inside .* with `mesh=`"):
         population_apply(jax.jit(inside), CONFIG)(jnp.ones((3, 2)), KEY, 0)
