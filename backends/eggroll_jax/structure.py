@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.extend.core.primitives import device_put_p, name_p, sharding_constraint_p, stop_gradient_p
+from jax.extend.core.primitives import device_put_p, sharding_constraint_p, stop_gradient_p
 from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
@@ -304,8 +305,9 @@ def _register_identity(primitive: Primitive) -> None:
 _register_identity(sharding_constraint_p)
 _register_identity(stop_gradient_p)
 _register_identity(device_put_p)
-_register_identity(name_p)  # of `jax.ad_checkpoint.checkpoint_name`
-_register_identity(lax.optimization_barrier_p)
+# Not every version of JAX exports theirs.
+for _function in (lax.optimization_barrier, lambda x: checkpoint_name(x, "any")):
+    _register_identity(jax.make_jaxpr(_function)(0.0).eqns[0].primitive)
 
 
 @quax.register(lax.neg_p)
