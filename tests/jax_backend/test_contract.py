@@ -413,7 +413,7 @@ def test_arguments_shared_and_per_member_together():
         return {"y": (x @ w) * scale, "z": extra["a"] + w.sum()}
 
     w, x, scales = normal(5, 4), normal(2, 5), jnp.arange(10.0)
-    with pytest.warns(UserWarning, match=r"`reduce_sum` of ''"):
+    with pytest.warns(UserWarning, match=r"`reduce_sum` of 'params'"):
         out = population_of(fn)(w, KEY, 0, x, scales, {"a": 1.0}, per_member=(False, True, False))
     for member in (0, 9):
         dense = member_of(lambda w: w)(w, member)
