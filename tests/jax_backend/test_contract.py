@@ -186,10 +186,19 @@ def padded_case():
     def fn(params, x):
         w = jnp.pad(params["w"], ((1, 2), (0, 3)), constant_values=0.5)
         layers = jnp.pad(params["layers"], ((1, 0), (0, 0), (2, 0)), constant_values=0.1)
-        x = jnp.pad(x, ((0, 0), (1, 2))) @ w @ jnp.tile(w, (1, 2))[:8]
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.tile(layers, (2, 1, 1)))[0]
+        x = jnp.pad(x, ((0, 0), (1, 2))) @ w @ w.T
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
 
     params = {"w": normal(13, 5) * 0.3, "layers": normal(2, 16, 14) * 0.3}
+    return fn, params, (normal(3, 13),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
+
+
+def tiled_case():
+    def fn(params, x):
+        x = x @ jnp.tile(params["w"], (1, 3))
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.tile(params["layers"], (2, 1, 1)))[0]
+
+    params = {"w": normal(13, 5) * 0.3, "layers": normal(2, 15, 15) * 0.3}
     return fn, params, (normal(3, 13),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
 
 
@@ -264,7 +273,8 @@ CASES = {
     "constrained to devices": constrained_case,
     "multiplied with a number": multiplied_case,
     "a slice before the first row": sliced_case,
-    "padded and tiled": padded_case,
+    "padded": padded_case,
+    **({"tiled": tiled_case} if hasattr(jax.lax, "tile_p") else {}),
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
 }  # fmt: skip
