@@ -26,6 +26,7 @@ __all__ = [
     "LowRank",
     "canonical_order",
     "dense_noise",
+    "draw_epoch",
     "draw_keys",
     "draws_and_signs",
     "factors_of",
@@ -116,6 +117,23 @@ def draws_and_signs(members: Array, config: EggrollConfig) -> tuple[Array, Array
     return draws, signs
 
 
+def draw_epoch(generation: Any, config: EggrollConfig) -> Any:
+    """How often draws have been replaced by new ones before a generation: what is folded into keys for it.
+
+    Args:
+        generation: as in `draw_keys`.
+    """
+    if not hasattr(generation, "dtype") or isinstance(generation, np.generic):
+        generation = as_int("generation", generation, 0)
+    if config.noise_lifetime is None:
+        return 0
+    epoch = generation // config.noise_lifetime
+    if isinstance(epoch, int) and epoch >= 2**32:
+        limit = f"2**32 times the `noise_lifetime` of {config.noise_lifetime}"
+        raise ValueError(f"`generation` must be below {limit}, got {generation}")
+    return epoch
+
+
 def draw_keys(parameter_key: Array, generation: Any, draws: Array, config: EggrollConfig) -> Array:
     """The keys of some draws of a parameter in a generation.
 
@@ -129,10 +147,7 @@ def draw_keys(parameter_key: Array, generation: Any, draws: Array, config: Eggro
         uint32, shape ``(n, *stack, 2)``.
     """
     xp = array_api_compat.array_namespace(parameter_key)
-    if not hasattr(generation, "dtype") or isinstance(generation, np.generic):
-        generation = as_int("generation", generation, 0)
-    epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
-    generation_key = prng.fold_in(parameter_key, epoch)
+    generation_key = prng.fold_in(parameter_key, draw_epoch(generation, config))
     stack = parameter_key.ndim - 1
     return prng.fold_in(generation_key, xp.reshape(draws, (-1,) + (1,) * stack))
 

@@ -9,7 +9,13 @@ import numpy as np
 from eggroll import EggrollConfig
 from eggroll.config import as_int, as_positive_float
 
-__all__ = ["integer", "sigma_of"]
+__all__ = ["check_config", "integer", "sigma_of"]
+
+
+def check_config(config: Any) -> None:
+    """Raises a TypeError unless it is an `EggrollConfig`."""
+    if not isinstance(config, EggrollConfig):
+        raise TypeError(f"`config` must be an EggrollConfig, got {config!r}")
 
 
 def integer(name: str, value: Any) -> Any:
@@ -18,7 +24,7 @@ def integer(name: str, value: Any) -> Any:
     Raises:
         TypeError, ValueError: it is neither; the message names argument, rule and value.
     """
-    if not isinstance(value, jax.Array | np.ndarray):
+    if not isinstance(value, jax.Array):
         return as_int(name, value, 0)
     if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim != 0:
         raise TypeError(f"`{name}` must be an integer, got {value.dtype} of shape {value.shape}")

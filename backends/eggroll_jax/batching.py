@@ -95,7 +95,8 @@ def largest_value(closed: ClosedJaxpr, inputs: Sequence[Input]) -> int:
 _VIEWS = frozenset(
     {
         *("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "split", "rev"),
-        *("convert_element_type", "copy", "neg", "sharding_constraint", "stop_gradient"),
+        *("convert_element_type", "copy", "neg", "pad", "tile", "sharding_constraint", "stop_gradient"),
+        *("device_put", "name", "optimization_barrier"),
     }
 )
 # Several of them are one factored matrix after these.

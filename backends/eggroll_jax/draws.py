@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from eggroll import EggrollConfig
-from eggroll.perturbation import factors_of, low_rank_draws, noise_precision
+from eggroll.perturbation import draw_epoch, factors_of, low_rank_draws, noise_precision
 
 from .arguments import integer
 from .keys import Draws, fold_in, key_words, split
@@ -26,7 +26,7 @@ def generation_keys(chosen: Plan, key: Any, generation: Any, config: EggrollConf
         key: the run's key, as the user passed it.
         generation: a non-negative integer, possibly traced.
     """
-    generation = integer("generation", generation)
+    epoch = draw_epoch(integer("generation", generation), config)
     of_parameter = split(key_words(key), chosen.parameters)
     keys = []
     for leaf in chosen.leaves:
@@ -35,7 +35,6 @@ def generation_keys(chosen: Plan, key: Any, generation: Any, config: EggrollConf
             for length in leaf.stack_shape:
                 own = split(own, length)
             keys.append(own.reshape(-1, 2))
-    epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
     return fold_in(jnp.concatenate(keys), epoch)
 
 

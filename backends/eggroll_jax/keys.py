@@ -75,12 +75,12 @@ def fold_in(key: Array, data: Any) -> Array:
 
     Args:
         key: uint32, shape ``(..., 2)``.
-        data: integers that broadcast against the leading axes of `key`.
+        data: an int in [0, 2**32), or integers that broadcast against the leading axes of `key`.
 
     Returns:
         uint32, shape ``(..., 2)``, with the broadcast leading axes.
     """
-    data = jnp.asarray(data).astype(np.uint32)
+    data = np.uint32(data) if isinstance(data, int) else jnp.asarray(data).astype(np.uint32)
     return _derived(key[..., 0], key[..., 1], data)
 
 

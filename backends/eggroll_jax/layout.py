@@ -219,7 +219,7 @@ def _choices(layout: Layout, params: Any) -> list[Any]:
 
 
 def _leaf(words: tuple[str, ...], index: int, leaf: Any, choice: Any, config: EggrollConfig) -> Leaf:
-    path, shape = ".".join(words), tuple(leaf.shape)
+    path, shape = ".".join(words) or "params", tuple(leaf.shape)  # one array has no path
     if choice == "frozen":
         return Leaf(path, index, shape, leaf.dtype, "frozen")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

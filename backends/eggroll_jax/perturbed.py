@@ -171,9 +171,14 @@ def materialise(tree: Any) -> Any:
 def fall_back(value: PerturbedArray, primitive: str) -> Array:
     """`value` materialised because `primitive` has no low-rank rule for this use of it.
 
+    A row or a column, such as one that was sliced off, has no more numbers than its factors: nobody need know.
+
     Raises:
         NotImplementedError: `value` is strict.
     """
+    longer = {kind for kind, length in zip(value.axes, value.base.shape, strict=True) if length > 1}
+    if not longer >= {ROW, COLUMN}:
+        return value.materialise()
     if value.strict:
         raise NotImplementedError(
             f"eggroll has no low-rank rule for this `{primitive}` of parameter {value.name!r}, and `strict=True` "

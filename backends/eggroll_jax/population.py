@@ -12,7 +12,7 @@ from eggroll import EggrollConfig
 from eggroll.config import as_bool
 from eggroll.perturbation import draws_and_signs
 
-from .arguments import integer, sigma_of
+from .arguments import check_config, integer, sigma_of
 from .batching import BatchSize, check_batch_size, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
@@ -50,6 +50,7 @@ def perturb(
         `params` with a `PerturbedArray` in the place of each matrix, for functions under `quax.quaxify`, and
         arrays elsewhere. `materialise` makes all of it dense.
     """
+    check_config(config)
     chosen = plan(params, config, layout)
     member = integer("member", member)
     if isinstance(member, int) and member >= config.population_size:
@@ -126,6 +127,7 @@ def evaluation_of(
     axis_name: str,
 ) -> Callable[..., Evaluation]:
     """`population_apply`, whose function also says how it went."""
+    check_config(config)
     check_batch_size(batch_size)
     as_bool("strict", strict)
 
@@ -140,7 +142,11 @@ def evaluation_of(
         chosen = plan(params, config, layout)
         stacked = _stacked(args, per_member, config)
         one = [_one_member(arg) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
-        traced = trace(lambda arrays, *args: fn(chosen.tree(arrays), *args), chosen.arrays(params), one, stacked)
+
+        def of_arrays(arrays: list[Any], *args: Any) -> Any:
+            return fn(chosen.tree(arrays), *args)
+
+        traced = trace(of_arrays, chosen.arrays(params), one, stacked)
         check_used(chosen, traced.used)
         step = draws_to_evaluate(batch_size, config, chosen, traced)
         # One draw serves the members of a pair: what has an axis of members becomes (draws, members of a draw).
@@ -151,12 +157,18 @@ def evaluation_of(
         ]
 
         def evaluate(inputs: Inputs, draws: Array, signs: Array, *args: Any) -> list[Array]:
+            call = traced.call
+            if mesh is not None:
+                # What was traced outside is tied to the mesh that the user has set there, if any.
+                one = [_one_member(_one_member(arg)) if own else arg for arg, own in zip(args, stacked, strict=True)]
+                call = trace(of_arrays, inputs.arrays, one, stacked).call
+
             def of_draw(keys: Array, signs: Array, *args: Any) -> list[Array]:
                 noise = draw(chosen, keys, config)
 
                 def of_member(sign: Array, *args: Any) -> list[Array]:
                     leaves = perturbed(chosen, inputs.arrays, noise, sign, config, inputs.sigma, strict)
-                    out = traced.call(*leaves, *jax.tree.leaves(args))
+                    out = call(*leaves, *jax.tree.leaves(args))
                     return [fall_back(x, "output") if isinstance(x, PerturbedArray) else x for x in out]
 
                 return jax.vmap(of_member, in_axes=(0, *axes))(signs, *args)
@@ -215,6 +227,12 @@ def member_mesh(mesh: Mesh, axis_name: str, config: EggrollConfig) -> Mesh:
     """`mesh`, checked, with automatic axes: what is divided over members is known here, not by the caller's types."""
     if axis_name not in mesh.shape:
         raise ValueError(f"`axis_name` must be an axis of the mesh, {tuple(mesh.shape)}, got {axis_name!r}")
+    around = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in around.axis_types:
+        raise ValueError(
+            "`mesh` divides members where no mesh is set or one with automatic axes, such as "
+            f"`jax.make_mesh(..., axis_types=(AxisType.Auto,))`, got {around} from `jax.set_mesh`"
+        )
     devices = mesh.shape[axis_name]
     if config.draws % devices:
         raise ValueError(

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.extend.core.primitives import sharding_constraint_p, stop_gradient_p
+from jax.extend.core.primitives import device_put_p, sharding_constraint_p, stop_gradient_p
 from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
@@ -167,6 +168,32 @@ def _(x: PerturbedArray, *starts: ArrayLike, slice_sizes: Sequence[int]) -> Pert
     return each_part(x, take)
 
 
+@quax.register(lax.pad_p)
+def _(x: PerturbedArray, padding_value: ArrayLike, *, padding_config: Sequence[tuple[int, int, int]]) -> Any:
+    """The base is filled, the noise has zeros there."""
+    if x.gain is not None:
+        return lax.pad(fall_back(x, "pad"), padding_value, padding_config)
+    nothing = (0, 0, 0)
+
+    def pad(part: Array, has: Has, trailing: int) -> Array:
+        own = [config if has(axis) else nothing for axis, config in enumerate(padding_config)]
+        return lax.pad(part, padding_value if part is x.base else part.dtype.type(0), own + [nothing] * trailing)
+
+    return each_part(x, pad)
+
+
+def _tile(x: PerturbedArray, *, reps: Sequence[int]) -> PerturbedArray:
+    def tile(part: Array, has: Has, trailing: int) -> Array:
+        return jnp.tile(part, [count if has(axis) else 1 for axis, count in enumerate(reps)] + [1] * trailing)
+
+    return each_part(x, tile)
+
+
+# Older versions of JAX reshape what was broadcast.
+if hasattr(lax, "tile_p"):
+    quax.register(lax.tile_p)(_tile)
+
+
 @quax.register(lax.split_p)
 def _(x: PerturbedArray, *, sizes: Sequence[int], axis: int) -> list[PerturbedArray]:
     pieces, start = [], 0
@@ -263,14 +290,24 @@ def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
 
 def _register_identity(primitive: Primitive) -> None:
     @quax.register(primitive)
-    def _(x: PerturbedArray, **params: Any) -> PerturbedArray:
+    def _(*operands: PerturbedArray | ArrayLike, **params: Any) -> Any:
         """Where its values are, and what follows from them, matters for the base, which is stored, alone."""
-        return dataclasses.replace(x, base=primitive.bind(x.base, **params))
+        bases = [operand.base if isinstance(operand, PerturbedArray) else operand for operand in operands]
+        out = primitive.bind(*bases, **params)
+        outs = [
+            dataclasses.replace(operand, base=base) if isinstance(operand, PerturbedArray) else base
+            for operand, base in zip(operands, out if primitive.multiple_results else [out], strict=True)
+        ]
+        return outs if primitive.multiple_results else outs[0]
 
 
 # Flax constrains partitioned parameters wherever a mesh is set.
 _register_identity(sharding_constraint_p)
 _register_identity(stop_gradient_p)
+_register_identity(device_put_p)
+# Not every version of JAX exports theirs.
+for _function in (lax.optimization_barrier, lambda x: checkpoint_name(x, "any")):
+    _register_identity(jax.make_jaxpr(_function)(0.0).eqns[0].primitive)
 
 
 @quax.register(lax.neg_p)

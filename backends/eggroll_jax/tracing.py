@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import partial_eval
 
-from .jaxprs import closed, jaxprs_in
+from .jaxprs import closed, equations_in
 from .ragged import has_rules, ragged_dot_general
 
 __all__ = ["Traced", "trace"]
@@ -40,8 +40,16 @@ def trace(fn: Callable[..., Any], arrays: Sequence[Any], args: Sequence[Any], st
         arrays: the parameters, arrays or `jax.ShapeDtypeStruct`.
         args: pytrees of the same, those of one member.
         stacked: of each of `args`, whether members have their own.
+
+    Raises:
+        NotImplementedError: the function divides its work over devices with `jax.shard_map`.
     """
     jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(list(arrays), *args)
+    if any(equation.primitive.name == "shard_map" for equation in equations_in(jaxpr.jaxpr)):
+        raise NotImplementedError(
+            "a population cannot run `jax.shard_map` inside the function of one member: divide the members over "
+            "devices with `mesh=`, or a member's arrays with `jax.lax.with_sharding_constraint`"
+        )
     _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     interpret = quax.quaxify(jaxpr_as_fun(vectorisable(jaxpr)))
     leaves = tuple(own for arg, own in zip(args, stacked, strict=True) for _ in jax.tree.leaves(arg))
@@ -94,9 +102,4 @@ def _rewritten(value: Any) -> Any:
 
 
 def _holds_what_is_replaced(jaxpr: Jaxpr) -> bool:
-    return any(
-        equation.primitive is custom_vjp_call_p
-        or has_rules(equation)
-        or any(map(_holds_what_is_replaced, jaxprs_in(tuple(equation.params.values()))))
-        for equation in jaxpr.eqns
-    )
+    return any(equation.primitive is custom_vjp_call_p or has_rules(equation) for equation in equations_in(jaxpr))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from eggroll import EggrollConfig
 
+from .arguments import check_config
 from .batching import BatchSize, check_batch_size, draws_to_sum
 from .direction import directions
 from .keys import key_words
@@ -58,6 +59,7 @@ def scale_by_eggroll(
     Returns:
         A gradient transformation whose state is an `EggrollState`. Directions have the dtypes of the parameters.
     """
+    check_config(config)
     key_words(key)
     check_batch_size(batch_size)
 
@@ -70,7 +72,10 @@ def scale_by_eggroll(
     ) -> tuple[Any, EggrollState]:
         del extra_args
         if fitness is None:
-            raise TypeError("`update` needs the keyword argument `fitness`, one value for each member")
+            raise TypeError(
+                "`update` needs the keyword argument `fitness`, one value for each member; where a wrapper does not "
+                "pass it on, give the optimizer the gradient of `es_value_and_grad`"
+            )
         chosen = _checked_plan(updates if params is None else params, config, layout, template)
         gradient = directions(
             chosen,

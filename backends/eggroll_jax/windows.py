@@ -84,42 +84,61 @@ def _(
     preferred_element_type: Any,
     **params: Any,
 ) -> Any:
-    """A convolution with `rank` filters, then a product with the factor of the output features."""
+    """A convolution with `rank` filters and a product over features.
 
-    def convolve(filters: Array) -> Array:
+    The product follows, with those of the output, or precedes, with those of the input: whichever a factor has alone.
+    """
+    groups, rank = feature_group_count, kernel.A.shape[-1]
+    out_axis, in_axis = dimension_numbers.rhs_spec[:2]
+
+    def convolve(x: ArrayLike, filters: Array) -> Array:
         return lax.conv_general_dilated_p.bind(
             x,
             filters,
             dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
+            feature_group_count=groups,
             batch_group_count=batch_group_count,
             precision=precision,
             preferred_element_type=preferred_element_type,
             **params,
         )
 
-    out_axis = dimension_numbers.rhs_spec[0]
-    # Axes of length 1 are of any kind.
-    out_kind, window_kind = (
-        "".join({kernel.axes[axis] for axis in axes if kernel.shape[axis] != 1})
-        for axes in ([out_axis], [axis for axis in range(kernel.ndim) if axis != out_axis])
-    )
-    if batch_group_count == 1 and out_kind in (ROW, "") and window_kind in (COLUMN, ""):
-        window, features = kernel.B, kernel.A
-    elif batch_group_count == 1 and out_kind in (COLUMN, "") and window_kind in (ROW, ""):
-        window, features = kernel.A, kernel.B
+    def product(x: Array, axis: int, factor: Array) -> Array:
+        """Features along `axis` made to others, by `factor` of shape ``(groups, of these, of those)``."""
+        _, before, after = factor.shape
+        x = jnp.moveaxis(x, axis, -1)
+        x = x.reshape(*x.shape[:-1], groups, before)
+        places = list(range(x.ndim - 2))
+        group, old, new = x.ndim, x.ndim + 1, x.ndim + 2
+        out = einsum(x, [*places, group, old], factor, [group, old, new], [*places, group, new], precision)
+        return jnp.moveaxis(out.reshape(*out.shape[:-2], groups * after), -1, axis)
+
+    if batch_group_count == 1 and (apart := _apart(kernel, out_axis)):
+        features, window = apart
+        filters = jnp.moveaxis(jnp.squeeze(window, out_axis), -1, out_axis)  # (..., rank, ...)
+        thin = convolve(x, jnp.concatenate([filters] * groups, out_axis))
+        by_group = features.reshape(groups, -1, rank)  # (groups, out / groups, rank)
+        noise = product(thin, dimension_numbers.out_spec[1], jnp.swapaxes(by_group, 1, 2))
+    elif batch_group_count == 1 and (apart := _apart(kernel, in_axis)):
+        features, window = apart
+        by_group = jnp.broadcast_to(features.reshape(-1, rank), (groups, kernel.shape[in_axis], rank))
+        thin = product(jnp.asarray(x), dimension_numbers.lhs_spec[1], by_group)
+        noise = convolve(thin, jnp.moveaxis(jnp.squeeze(window, in_axis), -1, in_axis))
     else:
-        return convolve(fall_back(kernel, "conv_general_dilated"))
-    rank, groups = window.shape[-1], feature_group_count
-    filters = jnp.moveaxis(jnp.squeeze(window, out_axis), -1, out_axis)  # (..., rank, ...)
-    thin = convolve(jnp.concatenate([filters] * groups, out_axis))
-    feature_axis = dimension_numbers.out_spec[1]
-    thin = jnp.moveaxis(thin, feature_axis, -1)
-    thin = thin.reshape(*thin.shape[:-1], groups, rank)
-    by_group = features.reshape(groups, -1, rank)  # (groups, out / groups, rank)
-    places = list(range(thin.ndim - 2))
-    group, out, k = thin.ndim, thin.ndim + 1, thin.ndim + 2
-    noise = einsum(thin, [*places, group, k], by_group, [group, out, k], [*places, group, out], precision)
-    noise = jnp.moveaxis(noise.reshape(*noise.shape[:-2], kernel.shape[out_axis]), -1, feature_axis)
-    values = convolve(kernel.base) + (kernel.scale.reshape(()) * noise).astype(noise.dtype)
+        return convolve(x, fall_back(kernel, "conv_general_dilated"))
+    values = convolve(x, kernel.base) + (kernel.scale.reshape(()) * noise).astype(noise.dtype)
     return kernel.gained(values, lambda gain: gain.reshape(()).astype(values.dtype))
+
+
+def _apart(x: PerturbedArray, axis: int) -> tuple[Array, Array] | None:
+    """The factor of `axis` and that of all other axes, if that is how they are divided."""
+    # Axes of length 1 are of any kind.
+    own, others = (
+        "".join({x.axes[axis] for axis in axes if x.shape[axis] != 1})
+        for axes in ([axis], [other for other in range(x.ndim) if other != axis])
+    )
+    if own in (ROW, "") and others in (COLUMN, ""):
+        return x.A, x.B
+    if own in (COLUMN, "") and others in (ROW, ""):
+        return x.B, x.A
+    return None

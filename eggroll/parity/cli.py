@@ -18,13 +18,22 @@ factors, dense noise, outputs of populations of an MLP, a CNN and an attention b
 ten generations of training. With --vectors or --reference it compares with those instead.
 """
 _EPILOG = """
-exit status: 0 if something was compared and all of it holds, 1 if not, 2 for a bad argument or an unreadable file.
+exit status: 0 if something was compared and all of it holds, 1 if not, 2 for a bad argument or an unreadable file,
+130 if it was interrupted.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("eggroll-parity: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         if options.write_vectors is not None:
             return _write_vectors(options)
@@ -56,8 +65,8 @@ class _UsageError(Exception):
 def _report(options: argparse.Namespace) -> Report:
     report = Report(only=tuple(options.only or ()))
     backends = _backends(options.backends)
-    # Opened before anything is computed: a path that cannot be written is a bad argument.
-    destination = _writable(options.json)
+    # Before anything is computed: a path that cannot be written is a bad argument.
+    _check_writable(options.json)
     if options.vectors is None and options.reference is None:
         compare_backends(report, backends, options.seed, options.quick)
     if options.vectors is not None:
@@ -74,8 +83,8 @@ def _report(options: argparse.Namespace) -> Report:
             compare_reference(report, backends, options.reference, options.seed, options.quick)
         except CheckoutError as error:
             raise _UsageError(f"`--reference` {error}") from None
-    if destination is not None:
-        destination.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n")
     return report
 
 
@@ -105,13 +114,17 @@ def _backends(names: str | None) -> list[Backend]:
         raise _UsageError(f"`--backends` {error}") from None
 
 
-def _writable(path: Path | None) -> Path | None:
-    if path is not None:
-        try:
-            path.open("a").close()
-        except OSError as error:
-            raise _UsageError(f"`--json` must be a file that can be written, got {path}: {error.strerror}") from None
-    return path
+def _check_writable(path: Path | None) -> None:
+    """Raises an error unless it is a path that can be written; what is there, or is not, stays as it is."""
+    if path is None:
+        return
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise _UsageError(f"`--json` must be a file that can be written, got {path}: {error.strerror}") from None
+    if new:
+        path.resolve().unlink()
 
 
 def _seed(text: str) -> int:

@@ -143,7 +143,7 @@ def test_generations_far_away(xp, lifetime, generation, epoch):
         (None, -1, ValueError, "`generation` must be a non-negative int, got -1"),
         (1, 1.5, TypeError, "`generation` must be a non-negative int, got 1.5"),
         (1, True, TypeError, "`generation` must be a non-negative int, got True"),
-        (1, 2**32, ValueError, "must be below 2**32, got 4294967296"),
+        (1, 2**32, ValueError, "`generation` must be below 2**32 times the `noise_lifetime` of 1, got 4294967296"),
     ],
 )
 def test_bad_generations(xp, lifetime, generation, error, message):

@@ -27,6 +27,7 @@ def largest(fn, *inputs) -> int:
         (lambda w, x: x @ w.T, 3 * 50),  # the transposed matrix stays in factors
         (lambda w, x: x @ jax.lax.stop_gradient(jnp.stack([w, w])[0]).T, 3 * 50),
         (lambda w, x: x @ jnp.concatenate([w, w]).T, 3 * 100),
+        (lambda w, x: x @ jnp.pad(jnp.tile(w, (2, 1)), ((0, 3), (0, 0))).T, 3 * 103),
         (lambda w, x: x @ (w / (w @ x[0])[0]).T, 3 * 50),  # by a number of its own
         (lambda w, x: x @ (1 / w).T, 50 * 40),
         (lambda w, x: x @ jnp.concatenate([w, jnp.ones((9, 40))]).T, 59 * 40),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from eggroll import EggrollConfig
@@ -23,6 +24,17 @@ KEY = jax.random.key(7)
 
 def normal(*shape):
     return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+def population_of(fn, **options):
+    return jax.jit(population_apply(fn, CONFIG, **options), static_argnames="per_member")
+
+
+def member_of(fn, layout=None):
+    """``(params, member, *args) -> output`` with the member's weights formed."""
+    return jax.jit(
+        lambda params, member, *args: fn(materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout)), *args)
+    )
 
 
 def linen(module, *args):
@@ -138,8 +150,10 @@ def constrained_case():
     mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
 
     def fn(w, x):
-        w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(None, "model")))
-        return x @ jax.lax.stop_gradient(w)
+        sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
+        w = jax.device_put(jax.lax.with_sharding_constraint(w, sharding), sharding)
+        w, x = jax.lax.optimization_barrier((jax.lax.stop_gradient(w), x))
+        return x @ checkpoint_name(w, "weight")
 
     return fn, normal(17, 5), (normal(3, 17),), None
 
@@ -161,9 +175,31 @@ def multiplied_case():
 def sliced_case():
     def fn(params, x, start):
         window = jax.lax.dynamic_slice(params["w"], (start, start), (4, 5))
-        return x @ window
+        return x @ window + params["w"][start, 2:]  # a row is a matrix no more
 
     return fn, {"w": normal(13, 7)}, (normal(5, 4), jnp.asarray(-15)), None
+
+
+def padded_case():
+    """Rows, columns and layers that the model adds."""
+
+    def fn(params, x):
+        w = jnp.pad(params["w"], ((1, 2), (0, 3)), constant_values=0.5)
+        layers = jnp.pad(params["layers"], ((1, 0), (0, 0), (2, 0)), constant_values=0.1)
+        x = jnp.pad(x, ((0, 0), (1, 2))) @ w @ w.T
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+    params = {"w": normal(13, 5) * 0.3, "layers": normal(2, 16, 14) * 0.3}
+    return fn, params, (normal(3, 13),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
+
+
+def tiled_case():
+    def fn(params, x):
+        x = x @ jnp.tile(params["w"], (1, 3))
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.tile(params["layers"], (2, 1, 1)))[0]
+
+    params = {"w": normal(13, 5) * 0.3, "layers": normal(2, 15, 15) * 0.3}
+    return fn, params, (normal(3, 13),), lambda path, leaf: Matrix(1, 2) if path[0] == "layers" else None
 
 
 def custom_vjp_case():
@@ -201,6 +237,14 @@ CASES = {
     "linen.Dense": lambda: linen(LinenMLP(), normal(3, 17)),
     "linen.Conv": lambda: linen(LinenConv(), normal(2, 7, 6, 8)),
     "linen.Conv grouped": lambda: linen(LinenConv(groups=4), normal(2, 7, 6, 8)),
+    "linen.Conv grouped, inputs apart": lambda: (
+        *linen(nn.Conv(6, (3, 2), feature_group_count=2), normal(1, 4, 3, 8))[:3],
+        lambda path, leaf: Matrix(2, (0, 1, 3)) if path[-1] == "kernel" else None,
+    ),
+    "linen.ConvTranspose": lambda: linen(nn.ConvTranspose(5, (3, 2), (2, 1)), normal(1, 4, 3, 6)),
+    "linen.ConvTranspose, transposed kernel": lambda: linen(
+        nn.ConvTranspose(5, (3, 2), (2, 1), transpose_kernel=True), normal(1, 4, 3, 6)
+    ),
     "linen.Embed": lambda: linen(LinenEmbed(), jnp.asarray([3, 36, 0])),
     "linen.MultiHeadDotProductAttention": lambda: linen(LinenBlock(), normal(1, 4, 17)),
     "linen.LSTMCell": lambda: linen(nn.RNN(nn.LSTMCell(13)), normal(1, 3, 17)),
@@ -229,6 +273,8 @@ CASES = {
     "constrained to devices": constrained_case,
     "multiplied with a number": multiplied_case,
     "a slice before the first row": sliced_case,
+    "padded": padded_case,
+    **({"tiled": tiled_case} if hasattr(jax.lax, "tile_p") else {}),
     "custom_vjp": custom_vjp_case,
     "ragged_dot": experts_case,
 }  # fmt: skip
@@ -291,11 +337,11 @@ def test_bfloat16(case):
     fn, params, args, layout = CASES[case]()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     args = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, args)
-    out = jax.jit(population_apply(fn, CONFIG, layout=layout, strict=True))(params, KEY, 0, *args)
+    out = population_of(fn, layout=layout, strict=True)(params, KEY, 0, *args)
     assert out.dtype == jnp.bfloat16
+    one = member_of(fn, layout)
     for member in range(3):
-        wide = materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout))
-        expected = np.asarray(fn(wide, *args), np.float32)
+        expected = np.asarray(one(params, member, *args), np.float32)
         np.testing.assert_allclose(
             np.asarray(out[member], np.float32), expected, rtol=0, atol=2**-4 * np.abs(expected).max()
         )
@@ -305,16 +351,16 @@ def test_bfloat16(case):
 def test_inputs_of_another_dtype_than_the_weights(dtype):
     w, x = normal(8, 5), (jnp.arange(24).reshape(3, 8) % 3).astype(dtype)
     for fn in (lambda w, x: x @ w, lambda w, x: jnp.einsum("io,bi->ob", w, x)):
-        out = population_apply(fn, CONFIG, strict=True)(w, KEY, 0, x)
+        out, one = population_of(fn, strict=True)(w, KEY, 0, x), member_of(fn)
         for member in range(2):
-            expected = fn(materialise(perturb(w, KEY, 0, member, CONFIG)), x)
+            expected = one(w, member, x)
             np.testing.assert_allclose(out[member], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_inputs_without_elements():
     model = LinenConv()
     params = model.init(KEY, normal(1, 7, 6, 8))
-    apply = population_apply(model.apply, CONFIG, strict=True)
+    apply = population_of(model.apply, strict=True)
     assert apply(params, KEY, 0, normal(0, 7, 6, 8)).shape == (10, 0, 3, 5, 5)
     assert apply(params, KEY, 0, normal(10, 0, 7, 6, 8), per_member=True).shape == (10, 0, 3, 5, 5)
 
@@ -328,8 +374,8 @@ def test_what_is_joined_with_a_multiplied_weight_is_materialised():
         return x @ jnp.concatenate([params["w"], w], 1), jnp.einsum("bi,lij->bj", x, layers)
 
     with pytest.warns(UserWarning, match="no low-rank rule for this `concatenate` of 'w'"):
-        out = population_apply(fn, CONFIG)(params, KEY, 0, normal(3, 5))
-    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(3, 5))
+        out = population_of(fn)(params, KEY, 0, normal(3, 5))
+    expected = member_of(fn)(params, 3, normal(3, 5))
     for got, want in zip(out, expected, strict=True):
         np.testing.assert_allclose(got[3], want, rtol=0, atol=1e-5 * np.abs(want).max())
 
@@ -341,32 +387,35 @@ def test_a_convolution_with_a_multiplied_kernel():
         kernel = params["kernel"] * params["gain"]
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    out = population_apply(fn, CONFIG, strict=True)(params, KEY, 0, normal(2, 5, 5, 4))
-    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(2, 5, 5, 4))
+    out = population_of(fn, strict=True)(params, KEY, 0, normal(2, 5, 5, 4))
+    expected = member_of(fn)(params, 3, normal(2, 5, 5, 4))
     np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("features", "window", "channels"), [(1, (3, 3), 4), (5, (1, 1), 1), (1, (1, 1), 1)])
 def test_convolutions_of_a_row_or_a_column(features, window, channels):
     fn, params, (x,), _ = linen(nn.Conv(features, window), normal(2, 5, 4, channels))
-    out = population_apply(fn, CONFIG, strict=True)(params, KEY, 0, x)
-    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), x)
+    out = population_of(fn, strict=True)(params, KEY, 0, x)
+    expected = member_of(fn)(params, 3, x)
     np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 6, 10, 64])
-def test_chunks_change_nothing(batch_size):
+@pytest.fixture(scope="module")
+def whole(quick_compilation):
+    """A model, its parameters, inputs that members share and of their own, and what all at once make of them."""
     fn, params, (x,), _ = CASES["linen.Dense"]()
-    own = normal(10, 3, 17)
-    whole = jax.jit(population_apply(fn, CONFIG))
-    chunked = jax.jit(population_apply(fn, CONFIG, batch_size=batch_size))
-    np.testing.assert_allclose(chunked(params, KEY, 1, x), whole(params, KEY, 1, x), atol=5e-6)
-    expected = jax.jit(lambda x: population_apply(fn, CONFIG)(params, KEY, 1, x, per_member=True))(own)
-    got = jax.jit(lambda x: population_apply(fn, CONFIG, batch_size=batch_size)(params, KEY, 1, x, per_member=True))(
-        own
-    )
-    np.testing.assert_allclose(got, expected, atol=5e-6)
-    np.testing.assert_allclose(got[5], whole(params, KEY, 1, own[5])[5], atol=1e-5)
+    own, apply = normal(10, 3, 17), population_of(fn)
+    shared, separate = apply(params, KEY, 1, x), apply(params, KEY, 1, own, per_member=True)
+    np.testing.assert_allclose(separate[5], apply(params, KEY, 1, own[5])[5], atol=1e-5)
+    return fn, params, x, own, shared, separate
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 10, 64])
+def test_chunks_change_nothing(batch_size, whole):
+    fn, params, x, own, shared, separate = whole
+    apply = population_of(fn, batch_size=batch_size)
+    np.testing.assert_allclose(apply(params, KEY, 1, x), shared, atol=5e-6)
+    np.testing.assert_allclose(apply(params, KEY, 1, own, per_member=True), separate, atol=5e-6)
 
 
 def test_arguments_shared_and_per_member_together():
@@ -374,10 +423,10 @@ def test_arguments_shared_and_per_member_together():
         return {"y": (x @ w) * scale, "z": extra["a"] + w.sum()}
 
     w, x, scales = normal(5, 4), normal(2, 5), jnp.arange(10.0)
-    with pytest.warns(UserWarning, match=r"`reduce_sum` of ''"):
-        out = population_apply(fn, CONFIG)(w, KEY, 0, x, scales, {"a": 1.0}, per_member=(False, True, False))
+    with pytest.warns(UserWarning, match=r"`reduce_sum` of 'params'"):
+        out = population_of(fn)(w, KEY, 0, x, scales, {"a": 1.0}, per_member=(False, True, False))
     for member in (0, 9):
-        dense = materialise(perturb(w, KEY, 0, member, CONFIG))
+        dense = member_of(lambda w: w)(w, member)
         np.testing.assert_allclose(out["y"][member], (x @ dense) * scales[member], atol=1e-4)
         np.testing.assert_allclose(out["z"][member], 1.0 + dense.sum(), atol=1e-5)
 
@@ -388,14 +437,13 @@ def test_a_fallback_is_named_once_and_is_exact():
     def fn(params, x):
         return x @ params["c"] + jnp.sum(jnp.sin(params["a"]) + jnp.sin(params["d"]))
 
-    apply = population_apply(fn, CONFIG)
     with pytest.warns(UserWarning, match="eggroll") as caught:
-        out = apply(params, KEY, 0, normal(2, 4))
+        out = population_of(fn)(params, KEY, 0, normal(2, 4))
     messages = [str(one.message) for one in caught]
     assert len(messages) == 1, messages
     assert "`sin`" in messages[0]
     assert "'a', 'd'" in messages[0]
-    expected = fn(materialise(perturb(params, KEY, 0, 3, CONFIG)), normal(2, 4))
+    expected = member_of(fn)(params, 3, normal(2, 4))
     np.testing.assert_allclose(out[3], expected, atol=1e-4)
     with pytest.raises(NotImplementedError, match=r"`sin` of parameter 'a'"):
         population_apply(fn, CONFIG, strict=True)(params, KEY, 0, normal(2, 4))
@@ -404,7 +452,7 @@ def test_a_fallback_is_named_once_and_is_exact():
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_independent_and_paired_members(antithetic):
     config = EggrollConfig(population_size=6, antithetic=antithetic, sigma=0.5)
-    out = population_apply(lambda w, x: x @ w, config)(jnp.zeros((3, 2)), KEY, 0, jnp.eye(3))
+    out = jax.jit(population_apply(lambda w, x: x @ w, config))(jnp.zeros((3, 2)), KEY, 0, jnp.eye(3))
     mirrored = np.allclose(out[0], -out[1])
     assert mirrored is antithetic
     assert len({float(value) for value in np.abs(np.asarray(out))[:, 0, 0]}) == (3 if antithetic else 6)

@@ -4,8 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+
+from eggroll import EggrollConfig
+from eggroll.jax import population_apply
 
 PROGRAM = """
 import json, re, jax, jax.numpy as jnp, numpy as np, optax
@@ -75,6 +82,18 @@ def test_the_same_numbers(results, devices):
     for what in ("scores", "params"):
         got, want = flat(results[devices][what]), flat(results["0"][what])
         assert got == pytest.approx(want, abs=1e-6), what
+
+
+def test_a_mesh_that_is_set(quick_compilation):
+    mesh = jax.make_mesh((1,), ("members",), axis_types=(AxisType.Auto,))
+    config, x = EggrollConfig(population_size=4), jnp.ones((4, 3))
+
+    def outputs(mesh):
+        apply = population_apply(lambda w, x, b: x @ w + b, config, mesh=mesh)
+        return jax.jit(partial(apply, per_member=(True, False)))(jnp.ones((3, 2)), jax.random.key(0), 0, x, 1.0)
+
+    with jax.set_mesh(mesh):
+        assert jnp.array_equal(outputs(mesh), outputs(None))
 
 
 def test_devices_that_do_not_divide(results):

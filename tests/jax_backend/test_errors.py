@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import eggroll.jax.hyperscale as hs
 from eggroll import EggrollConfig
 from eggroll.jax import Dense, Matrix, eggroll, es_value_and_grad, perturb, population_apply, scale_by_eggroll
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = EggrollConfig(population_size=8)
 KEY = jax.random.key(0)
@@ -46,6 +49,13 @@ def test_configuration():
         EggrollConfig(population_size=7)
     with pytest.raises(ValueError, match="`group_size` must divide the population of 8, got 3"):
         EggrollConfig(population_size=8, group_size=3)
+    for make in (
+        lambda: population_apply(lambda w: w, None),
+        lambda: perturb(W, KEY, 0, 0, None),
+        lambda: scale_by_eggroll(None, KEY),
+    ):
+        with pytest.raises(TypeError, match="`config` must be an EggrollConfig, got None"):
+            make()
 
 
 @pytest.mark.parametrize(
@@ -69,8 +79,12 @@ def test_leaves():
     params = {"layer": {"w": W, "steps": jnp.zeros(3, jnp.int32)}}
     with pytest.raises(TypeError, match=r"parameter 'layer.steps' must be floating point to be perturbed, got int32"):
         perturb(params, KEY, 0, 0, CONFIG)
-    frozen = perturb(params, KEY, 0, 0, CONFIG, layout={"layer": {"w": None, "steps": "frozen"}})
-    assert frozen["layer"]["steps"] is params["layer"]["steps"]
+
+    def steps(params):
+        layout = {"layer": {"w": None, "steps": "frozen"}}
+        assert perturb(params, KEY, 0, 0, CONFIG, layout=layout)["layer"]["steps"] is params["layer"]["steps"]
+
+    traced(steps, params)
     with pytest.raises(ValueError, match="no parameter to perturb"):
         perturb(params, KEY, 0, 0, CONFIG, layout="frozen")
     with pytest.raises(ValueError, match="no parameter to perturb"):
@@ -88,7 +102,7 @@ def test_a_parameter_without_a_part():
     with pytest.raises(ValueError, match=r"parameter 'lost.w' took no part in the output"):
         traced(population_apply(fn, CONFIG), params, KEY, 0, jnp.ones((1, 3)))
     layout = {"used": None, "lost": "frozen"}
-    assert population_apply(fn, CONFIG, layout=layout)(params, KEY, 0, jnp.ones((1, 3))).shape == (8, 1, 2)
+    assert traced(population_apply(fn, CONFIG, layout=layout), params, KEY, 0, jnp.ones((1, 3))).shape == (8, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +156,7 @@ def test_what_is_per_member(per_member):
     [
         ("generation", 1.0, TypeError, "`generation` must be a non-negative int, got 1.0"),
         ("generation", np.int64(-1), ValueError, "`generation` must be a non-negative int, got"),
+        ("generation", 2**32, ValueError, "`generation` must be below 2.*, got 4294967296"),
         ("generation", jnp.arange(2), TypeError, r"`generation` must be an integer, got int32 of shape \(2,\)"),
         ("member", 8, ValueError, "`member` must be below the population of 8, got 8"),
         ("member", -1, ValueError, "`member` must be a non-negative int, got -1"),
@@ -159,11 +174,16 @@ def test_numbers(name, value, error, message):
     if name == "sigma":
         optimizer = scale_by_eggroll(CONFIG, KEY, sigma=sigma)
         with pytest.raises(error, match=message):
-            optimizer.update(W, optimizer.init(W), W, fitness=jnp.ones(8))
+            traced(lambda f: optimizer.update(W, optimizer.init(W), W, fitness=f), jnp.ones(8))
 
 
 def test_devices():
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"no mesh is set or one with automatic axes, .* got "):
+        population_apply(lambda w, x: x @ w, CONFIG, mesh=mesh, axis_name="data")(W, KEY, 0, jnp.ones(3))
+    inside = jax.shard_map(lambda w: w, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    with pytest.raises(NotImplementedError, match=r"cannot run `jax.shard_map` inside .* with `mesh=`"):
+        population_apply(jax.jit(inside), CONFIG)(jnp.ones((3, 2)), KEY, 0)
     with pytest.raises(ValueError, match=r"`axis_name` must be an axis of the mesh, .* got 'members'"):
         population_apply(lambda w, x: x @ w, CONFIG, mesh=mesh)(W, KEY, 0, jnp.ones(3))
 

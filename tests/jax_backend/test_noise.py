@@ -75,6 +75,7 @@ def test_recorded_fold_in():
     key = jnp.asarray(RECORD["key"])
     np.testing.assert_array_equal(fold_in(key, RECORD["fold_in.data"]), RECORD["fold_in.keys"])
     np.testing.assert_array_equal(fold_in(key, int(RECORD["fold_in.data"][1])), RECORD["fold_in.keys"][1])
+    np.testing.assert_array_equal(fold_in(key, 2**32 - 1), prng.fold_in(RECORD["key"], 2**32 - 1))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -197,9 +198,10 @@ def test_every_key_and_every_counter_is_its_own():
 
 def test_a_draw_does_not_depend_on_what_is_drawn_beside_it():
     keys = jnp.asarray(KEYS[:3])
-    alone = normals(keys[1:2], [Draws(1, (50,))])[0][0]
+    draw = jax.jit(normals, static_argnums=1)
+    alone = draw(keys[1:2], (Draws(1, (50,)),))[0][0]
     for before, after in [(0, 31), (1000, 33)]:
-        together = normals(keys, [Draws(1, (before,)), Draws(1, (50,)), Draws(1, (after,))])[1][0]
+        together = draw(keys, (Draws(1, (before,)), Draws(1, (50,)), Draws(1, (after,))))[1][0]
         np.testing.assert_array_equal(together, alone)
 
 

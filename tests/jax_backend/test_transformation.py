@@ -22,9 +22,17 @@ def loss(params, x=X, y=Y):
     return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
 
 
-def fitness(params, count, sigma=None, layout=None):
-    apply = population_apply(loss, CONFIG, layout=layout)
-    return -apply(params, KEY, count, X, Y, sigma=sigma)
+value_and_grad = jax.jit(es_value_and_grad(loss, CONFIG, maximize=False))
+
+
+@jax.jit
+def fitness(params, count, sigma=None):
+    return -population_apply(loss, CONFIG)(params, KEY, count, X, Y, sigma=sigma)
+
+
+def update_of(optimizer):
+    """Compiled: what JAX runs operation by operation it compiles one by one."""
+    return jax.jit(lambda state, params, fitness: optimizer.update(params, state, params, fitness=fitness))
 
 
 def assert_trees_close(got, want, atol=1e-6):
@@ -32,17 +40,18 @@ def assert_trees_close(got, want, atol=1e-6):
 
 
 def test_direction_equals_that_of_es_value_and_grad():
-    _, gradient = jax.jit(es_value_and_grad(loss, CONFIG, maximize=False))(PARAMS, KEY, 0, X, Y)
+    _, gradient = value_and_grad(PARAMS, KEY, 0, X, Y)
     optimizer = scale_by_eggroll(CONFIG, KEY)
-    direction, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, fitness=fitness(PARAMS, 0))
+    direction, state = update_of(optimizer)(optimizer.init(PARAMS), PARAMS, fitness(PARAMS, 0))
     assert_trees_close(direction, gradient)
     assert int(state.count) == 1
-    assert state.key is KEY
+    assert state.key == KEY
 
 
 def test_maximize_is_minus_the_loss():
-    value, gradient = es_value_and_grad(loss, CONFIG, maximize=False)(PARAMS, KEY, 3, X, Y)
-    negative, same = es_value_and_grad(lambda *args: -loss(*args), CONFIG, maximize=True)(PARAMS, KEY, 3, X, Y)
+    value, gradient = value_and_grad(PARAMS, KEY, 3, X, Y)
+    negated = jax.jit(es_value_and_grad(lambda *args: -loss(*args), CONFIG, maximize=True))
+    negative, same = negated(PARAMS, KEY, 3, X, Y)
     assert_trees_close(gradient, same)
     np.testing.assert_allclose(value, -negative, rtol=1e-6)
 
@@ -73,9 +82,10 @@ def test_schedules_weight_decay_and_mask():
     state, params, scores = optimizer.init(PARAMS), PARAMS, jnp.linspace(-1, 1, 32)
     plain = scale_by_eggroll(CONFIG, KEY)
     plain_state = plain.init(PARAMS)
+    update, plain_update = update_of(optimizer), update_of(plain)
     for rate in (0.5, 0.05):
-        updates, state = optimizer.update(params, state, params, fitness=scores)
-        direction, plain_state = plain.update(params, plain_state, params, fitness=scores)
+        updates, state = update(state, params, scores)
+        direction, plain_state = plain_update(plain_state, params, scores)
         np.testing.assert_allclose(updates["bias"], -rate * direction["bias"], rtol=1e-5)
         decayed = direction["kernel"] + 0.01 * params["kernel"]
         np.testing.assert_allclose(updates["kernel"], -rate * decayed, rtol=1e-5)
@@ -99,7 +109,7 @@ def test_injected_learning_rate_and_sigma_without_recompilation():
     for number in range(3):
         updates, state = generation(params, state)
         sigma = 0.2 * 0.5**number
-        _, gradient = es_value_and_grad(loss, CONFIG, maximize=False)(PARAMS, KEY, number, X, Y, sigma=sigma)
+        _, gradient = value_and_grad(PARAMS, KEY, number, X, Y, sigma=sigma)
         assert_trees_close(updates, optax.tree.scale(-float(state.hyperparams["learning_rate"]), gradient))
         state.hyperparams["learning_rate"] = jnp.float32(0.5 / (number + 2))
     assert len(traces) == 1
@@ -108,10 +118,10 @@ def test_injected_learning_rate_and_sigma_without_recompilation():
 def test_multi_steps_average_the_directions_of_generations():
     solver = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
     optimizer = optax.chain(scale_by_eggroll(CONFIG, KEY), solver.gradient_transformation())
-    state, directions = optimizer.init(PARAMS), []
+    state, update, directions = optimizer.init(PARAMS), update_of(optimizer), []
     for number in range(3):
-        directions.append(es_value_and_grad(loss, CONFIG, maximize=False)(PARAMS, KEY, number, X, Y)[1])
-        updates, state = optimizer.update(PARAMS, state, PARAMS, fitness=fitness(PARAMS, number))
+        directions.append(value_and_grad(PARAMS, KEY, number, X, Y)[1])
+        updates, state = update(state, PARAMS, fitness(PARAMS, number))
         if number < 2:
             assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
     assert_trees_close(updates, jax.tree.map(lambda *gs: -sum(gs) / 3, *directions))
@@ -120,11 +130,10 @@ def test_multi_steps_average_the_directions_of_generations():
 def test_a_generation_without_a_direction_can_be_left_out():
     w = jnp.ones((3, 2))
     optimizer = optax.chain(scale_by_eggroll(CONFIG, KEY), optax.apply_if_finite(optax.sgd(0.1), 3))
-    state = optimizer.init(w)
+    state, update = optimizer.init(w), update_of(optimizer)
     for generation, bad in ((0, jnp.nan), (1, 0.0)):
         assert state[0].count == generation
-        fitness = jnp.arange(float(CONFIG.population_size)).at[2].add(bad)
-        updates, state = optimizer.update(w, state, w, fitness=fitness)
+        updates, state = update(state, w, jnp.arange(float(CONFIG.population_size)).at[2].add(bad))
         assert bool((updates == 0).all()) is (generation == 0)
 
 
@@ -132,9 +141,9 @@ def test_masked_needs_the_whole_tree_and_then_keeps_its_noise():
     mask = {"bias": False, "kernel": True}
     scores = jnp.linspace(-1, 1, 32) ** 2
     whole = scale_by_eggroll(CONFIG, KEY)
-    want = whole.update(PARAMS, whole.init(PARAMS), PARAMS, fitness=scores)[0]
+    want = update_of(whole)(whole.init(PARAMS), PARAMS, scores)[0]
     optimizer = optax.masked(scale_by_eggroll(CONFIG, KEY, template=PARAMS), mask)
-    got, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, fitness=scores)
+    got, _ = update_of(optimizer)(optimizer.init(PARAMS), PARAMS, scores)
     np.testing.assert_array_equal(got["kernel"], want["kernel"])
     np.testing.assert_array_equal(got["bias"], PARAMS["bias"])
     with pytest.raises(ValueError, match="pass the whole tree as `template`"):
@@ -144,7 +153,8 @@ def test_masked_needs_the_whole_tree_and_then_keeps_its_noise():
 def test_dtypes_and_structure_are_kept_and_extra_arguments_ignored():
     params = {"a": (jnp.ones((2, 3), jnp.bfloat16), jnp.ones(4, jnp.float16)), "b": None, "c": jnp.ones((3, 3))}
     optimizer = optax.chain(scale_by_eggroll(CONFIG, KEY), optax.scale(1.0))
-    updates, _ = optimizer.update(params, optimizer.init(params), params, fitness=jnp.arange(32), value=3.0)
+    state = optimizer.init(params)
+    updates, _ = jax.jit(lambda f: optimizer.update(params, state, params, fitness=f, value=3.0))(jnp.arange(32))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
 
 
@@ -172,7 +182,7 @@ def test_a_hundred_generations_in_one_program_equal_a_hundred_calls_and_donate()
 
 
 def test_noise_is_the_same_whatever_the_partitionable_flag_says():
-    apply = population_apply(loss, CONFIG)
+    apply = jax.jit(population_apply(loss, CONFIG))
     with jax.threefry_partitionable(True):
         want = apply(PARAMS, KEY, 0, X, Y)
     with jax.threefry_partitionable(False):

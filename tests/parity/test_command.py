@@ -124,6 +124,16 @@ def test_a_bad_seed_is_named(arguments, capsys):
     assert f"--seed: must be an int in [0, 2**64), got {arguments[1]!r}" in capsys.readouterr().err
 
 
+def test_an_interruption_is_one_line_and_leaves_no_file(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eggroll.parity.cli.compare_backends", interrupt)
+    assert main(["--backends", "numpy", "--json", str(tmp_path / "table.json")]) == 130
+    assert capsys.readouterr() == ("", "eggroll-parity: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_that_fits_nothing_is_not_green(capsys):
     assert main(["--backends", "numpy", "--only", "bit"]) == 1
     assert "no quantity could be compared whose name begins with 'bit'" in capsys.readouterr().out
