@@ -38,6 +38,7 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
         bias, bias_noise, precision, rng = plain(bias), [drawn.keys, drawn.scales], drawn.precision, drawn.rng
     elif bias is not None:
         bias = unwrapped(bias)
+        bias = bias if bias.shape == plain(weight).shape[:1] else bias.expand(weight.shape[:1])
     x, W, bias, *factors = autocast_operands(x, plain(weight), bias, *factors)
     return called(ops.perturbed_linear, x, W, bias, factors, bias_noise, rank, precision, rng, *noise.operands())
 

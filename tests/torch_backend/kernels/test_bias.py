@@ -112,6 +112,7 @@ USES: dict[str, tuple[Does, int]] = {
     "wider": (lambda model, x: F.linear(x.double(), model.linear.weight.double(), model.linear.bias.double()), 1),
     "added": (lambda model, x: x @ model.linear.weight.mT + model.linear.bias, 1),
     "differentiated": (differentiated, 1),
+    "one number for all features": (lambda model, x: F.linear(x, model.linear.weight, model.one), 1),
     "of a weight without noise": (lambda model, x: F.linear(x, torch.ones_like(x), model.linear.bias[:ROWS]), 1),
 }
 
