@@ -16,6 +16,9 @@ aten = torch.ops.aten
 
 # Names, for where no kernels run there are no such operations.
 _LINEAR = {"eggroll::linear_of_members", "eggroll::linear_of_members_drawn"}
+_DENSE = "eggroll::dense_of_members"
+# How each of them draws, by argument.
+_HOW = "precision", "rng"
 # What the kernels call an activation, by its operation and the argument `approximate` of that.
 _ACTIVATIONS: dict[Any, str] = {
     (aten.relu.default, None): "relu",
@@ -48,7 +51,7 @@ def with_epilogues(record: GraphModule) -> GraphModule:
 
 def _take_bias(linear: Node) -> None:
     given, found = _arguments(linear), _only_reader(linear, _VIEWS)
-    if found is None or given["bias"] is not None or given.get("activation") is not None:
+    if found is None or given["bias"] is not None or given["activation"] is not None:
         return
     out, reader = found
     others = [node for node in reader.all_input_nodes if node is not out]
@@ -56,24 +59,26 @@ def _take_bias(linear: Node) -> None:
     if reader.target not in {aten.add.Tensor, aten.add_.Tensor} or reader.kwargs or written is not out or not others:
         return
     (added,) = others
-    bias = _bias(added, out, linear)
-    if bias is not None and not _writes(linear, reader):
-        _take(linear, "bias", bias, out, reader)
-        if added is not bias and not added.users:
+    bias = _bias(added, out, linear, reader)
+    if bias and not _writes(linear, reader):
+        _take(linear, bias, out, reader)
+        while not added.users and added.op != "placeholder":
+            before = added.all_input_nodes[0]
             linear.graph.erase_node(added)
+            added = before
 
 
 def _take_activation(linear: Node) -> None:
     given, found = _arguments(linear), _only_reader(linear, _ORDERS)
-    if found is None or given.get("activation") is not None:
+    if found is None or given["activation"] is not None:
         return
     out, reader = found
     if name := _ACTIVATIONS.get((reader.target, reader.kwargs.get("approximate"))):
-        _take(linear, "activation", name, out, reader)
+        _take(linear, {"activation": name}, out, reader)
 
 
-def _take(linear: Node, argument: str, value: Any, out: Node, reader: Node) -> None:
-    linear.args, linear.kwargs = (), _arguments(linear) | {argument: value}
+def _take(linear: Node, arguments: dict[str, Any], out: Node, reader: Node) -> None:
+    linear.args, linear.kwargs = (), _arguments(linear) | arguments
     reader.replace_all_uses_with(out)
     reader.graph.erase_node(reader)
 
@@ -88,18 +93,27 @@ def _only_reader(node: Node, views: set[OpOverload]) -> tuple[Node, Node] | None
     return None
 
 
-def _bias(added: Node, out: Node, linear: Node) -> Node | None:
-    """What to give a layer as its bias, ``(out,)`` or ``(members, out)``, instead of adding `added` to its output."""
+def _bias(added: Node, out: Node, linear: Node, reader: Node) -> dict[str, Any]:
+    """What to give a layer instead of adding `added` to its output, if that is possible: a bias, and its noise."""
     bias = added.all_input_nodes[0] if added.target in _VIEWS else added
-    if bias.op != "placeholder":  # it may not be there yet
-        return None
     value, shape = bias.meta["val"], tuple(out.meta["val"].shape)
     members, _, features = linear.meta["val"].shape
     own = members, *(1 for _ in shape[1:-1]), features
     aligned = {(features,): (features,), (members, features): own}.get(tuple(value.shape))
     if shape != (members, *shape[1:-1], features) or tuple(added.meta["val"].shape) != aligned:
-        return None
-    return bias if value.dtype == out.meta["val"].dtype else None
+        return {}
+    if value.dtype != out.meta["val"].dtype:
+        return {}
+    taken: dict[str, Any] = {"bias": bias}
+    if isinstance(bias.target, OpOverload) and bias.target._schema.name == _DENSE:
+        noisy, given = _arguments(bias), _arguments(linear)
+        taken = {"bias": noisy["weight"], "bias_keys": noisy["keys"], "bias_scales": noisy["scales"]}
+        taken |= {name: noisy[name] for name in _HOW}
+        alike = "keys" not in given or all(given[name] == taken[name] for name in _HOW)
+        if not alike or _writes(bias, reader):
+            return {}
+    nodes = (value for value in taken.values() if isinstance(value, Node))
+    return taken if all(node.op == "placeholder" for node in nodes) else {}  # others may not be there yet
 
 
 def _writes(start: Node, end: Node) -> bool:
@@ -112,7 +126,10 @@ def _writes(start: Node, end: Node) -> bool:
     return False
 
 
-def _arguments(linear: Node) -> dict[str, Any]:
-    assert isinstance(linear.target, OpOverload)
-    names = [argument.name for argument in linear.target._schema.arguments]
-    return dict(zip(names, linear.args, strict=False)) | linear.kwargs
+def _arguments(node: Node) -> dict[str, Any]:
+    """By name; a record leaves out what is the default."""
+    assert isinstance(node.target, OpOverload)
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given = zip((argument.name for argument in schema), node.args, strict=False)
+    return defaults | dict(given) | node.kwargs

@@ -261,13 +261,6 @@ class NoiseSource:
         every_draw = torch.arange(self.config.draws, dtype=torch.int32, device=self.device)
         return fold_in_each(self._generation_keys, every_draw)
 
-    def dense_drawn(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
-        """A parameter whose dense noise a kernel draws as each member of the chunk sees it: ``(members, *shape)``."""
-        from .kernels.dense import dense_of_members
-
-        keys, how = self.keys(parameter, chunk), (parameter.precision, parameter.rng)
-        return dense_of_members(parameter.parameter.detach(), keys, chunk.signs, self.dense_scale(parameter), *how)
-
     def dense_noise(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """What is added to a parameter for each member of the chunk, in its dtype; shape ``(members, *shape)``."""
         noise = self.noise(parameter, chunk)

@@ -16,7 +16,14 @@ from . import kernels
 from .drawing import draw_uniforms, fold_in_each
 from .vectorising import batching_rule, called
 
-__all__ = ["attention", "member_uniform", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
+__all__ = [
+    "attention",
+    "member_uniform",
+    "perturbed_dense",
+    "perturbed_embedding",
+    "perturbed_linear",
+    "perturbed_stacked_linear",
+]
 
 # Bytes of a block of rows: they stay in the last-level cache from what is added first to the product, and a block is
 # large enough for a product that keeps all cores busy.
@@ -29,6 +36,7 @@ def perturbed_linear(
     weight: Tensor,
     bias: Tensor | None,
     factors: Sequence[Tensor],
+    bias_noise: Sequence[Tensor],
     rank: int,
     precision: str,
     rng: str,
@@ -43,6 +51,8 @@ def perturbed_linear(
         bias: shape ``(out,)``, or None.
         factors: `A`, shape ``(draws, out, rank)``, and `B`, ``(draws, in, rank)``; or, for kernels that draw them,
             their keys, int32 of shape ``(draws, 2)``.
+        bias_noise: nothing; or, for kernels that draw the noise of the bias, its keys and the members' scales, as
+            `perturbed_dense` has them.
         rank: columns of each factor.
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
         member: int64, shape ``()``, the member's place in the chunk. Under `vmap` over members it is
@@ -54,18 +64,20 @@ def perturbed_linear(
     """
     rows = x.reshape(1, -1, x.shape[-1])
     *factors, scale = _one_member(*factors, member=member, scales=scales)
-    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, scale)
+    if bias_noise:
+        bias_noise = _one_member(bias_noise[0], member=member, scales=bias_noise[1])
+    out = _linear_of_members(rows, weight, bias, factors, bias_noise, rank, precision, rng, scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @perturbed_linear.register_fake
-def _(x, weight, bias, factors, rank, precision, rng, member, scales):
+def _(x, weight, bias, factors, bias_noise, rank, precision, rng, member, scales):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @batching_rule(perturbed_linear)
-def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, scales):
-    x_dim, _, bias_dim, _, _, _, _, member_dim, _ = in_dims
+def _(info, in_dims, x, weight, bias, factors, bias_noise, rank, precision, rng, member, scales):
+    x_dim, _, bias_dim, *_, member_dim, _ = in_dims
     x = _batch_first(x, x_dim)
     bias = _batch_first(bias, bias_dim)
     if member_dim is None:
@@ -73,14 +85,40 @@ def _(info, in_dims, x, weight, bias, factors, rank, precision, rng, member, sca
         if x_dim is None:
             x = x.expand(info.batch_size, *x.shape)
         shared = None if bias_dim is not None else bias
-        out = called(perturbed_linear, x, weight, shared, factors, rank, precision, rng, member, scales)
+        out = called(perturbed_linear, x, weight, shared, factors, bias_noise, rank, precision, rng, member, scales)
         if bias_dim is not None:
             out = out + bias.view(bias.shape[0], *(1,) * (out.ndim - 2), -1)
         return out, 0
     lead = x.shape[:-1] if x_dim is None else x.shape[1:-1]
     rows = x.reshape(-1, x.shape[-1]) if x_dim is None else x.reshape(x.shape[0], -1, x.shape[-1])
-    out = _linear_of_members(rows, weight, bias, factors, rank, precision, rng, scales)
+    out = _linear_of_members(rows, weight, bias, factors, bias_noise, rank, precision, rng, scales)
     return out.view(out.shape[0], *lead, weight.shape[0]), 0
+
+
+@torch.library.custom_op("eggroll::perturbed_dense", mutates_args=())
+def perturbed_dense(weight: Tensor, keys: Tensor, precision: str, rng: str, member: Tensor, scales: Tensor) -> Tensor:
+    """``W + scales[i] * Z[d]`` for one member ``i``, drawn by a kernel; see `perturbed_linear`.
+
+    Args:
+        weight: any shape.
+        keys: int32, shape ``(draws, 2)``.
+        scales: float32, shape ``(members,)``: ``sigma`` times the member's sign.
+
+    Returns:
+        The shape of `weight`.
+    """
+    keys, scale = _one_member(keys, member=member, scales=scales)
+    return _dense_of_members(weight, keys, scale, precision, rng).squeeze(0)
+
+
+@perturbed_dense.register_fake
+def _(weight, keys, precision, rng, member, scales):
+    return weight.new_empty(weight.shape)
+
+
+@batching_rule(perturbed_dense)
+def _(info, in_dims, weight, keys, precision, rng, member, scales):
+    return _dense_of_members(weight, keys, scales, precision, rng), 0
 
 
 @torch.library.custom_op("eggroll::perturbed_stacked_linear", mutates_args=())
@@ -237,6 +275,7 @@ def _linear_of_members(
     weight: Tensor,
     bias: Tensor | None,
     factors: Sequence[Tensor],
+    bias_noise: Sequence[Tensor],
     rank: int,
     precision: str,
     rng: str,
@@ -254,10 +293,10 @@ def _linear_of_members(
     if kernels.usable(x):
         from .kernels.linear import linear_of_members, linear_of_members_drawn
 
+        how = *(bias_noise or (None, None)), precision, rng
         if len(factors) == 1:
-            how = {"precision": precision, "rng": rng}
-            return linear_of_members_drawn(x, weight, bias, factors[0], rank, scales, 1.0, **how)
-        return linear_of_members(x, weight, bias, *factors, scales, 1.0)
+            return linear_of_members_drawn(x, weight, bias, factors[0], rank, scales, 1.0, *how)
+        return linear_of_members(x, weight, bias, *factors, scales, 1.0, *how)
     A, B = factors
     members, (draws, out_features) = scales.shape[0], A.shape[:2]
     copies = members // draws
@@ -286,6 +325,12 @@ def _linear_of_members(
             flat = block.view(-1, out_features)
             torch.addmm(flat, x_, weight.mT, out=flat)
     return out
+
+
+def _dense_of_members(weight: Tensor, keys: Tensor, scales: Tensor, precision: str, rng: str) -> Tensor:
+    from .kernels.dense import dense_of_members
+
+    return dense_of_members(weight, keys, scales, precision, rng)
 
 
 def _stacked_linear_of_members(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from eggroll import prng
+
+from . import ops
+from .derivatives import differentiates
 from .noise import DrawnFactors, StoredFactors
+from .vectorising import called
 
 __all__ = ["MaterialisedWarning", "Noise", "PerturbedWeight", "Policy", "UnsupportedOperationError", "Way", "accepts"]
 
@@ -284,17 +289,54 @@ class PerturbedWeight(Weight):
         return _with_weights_formed(func, args, kwargs)
 
 
+@dataclass(frozen=True)
+class DenseNoise:
+    """Dense noise ``scales[member] * Z[d]`` that kernels draw where they need it; see `Noise`.
+
+    Attributes:
+        keys: int32, shape ``(draws, 2)``.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
+        member: int64, shape ``()``.
+        scales: float32, shape ``(members,)``: ``sigma`` times the member's sign.
+    """
+
+    keys: Tensor
+    precision: prng.Precision
+    rng: prng.Rng
+    member: Tensor
+    scales: Tensor
+
+
 class DenseWeight(Weight):
-    """A parameter with dense noise: an ordinary tensor that notes its use."""
+    """A parameter with dense noise: an ordinary tensor that notes its use, or one that becomes one when it is used.
+
+    Attributes:
+        noise: what kernels are yet to add to `base`; None where it is there.
+    """
 
     use: Callable[[], None]
     """Notes that the parameter took part in a computation."""
+    noise: DenseNoise | None
 
     @staticmethod
-    def make(base: Tensor, name: str, policy: Policy) -> "DenseWeight":
+    def make(base: Tensor, name: str, policy: Policy, noise: DenseNoise | None = None) -> "DenseWeight":
         dense = DenseWeight.wrapping(base)
         dense.use = functools.partial(policy.used.add, name)
+        dense.noise = noise
         return dense
+
+    def values(self) -> Tensor:
+        """The parameter as the member sees it."""
+        self.use()
+        noise = self.noise
+        if noise is None:
+            return self.base
+        operands = noise.keys, noise.precision, noise.rng, noise.member, noise.scales
+        values = called(ops.perturbed_dense, self.base, *operands)
+        if not differentiates():  # whose tensors are over with it
+            # Once: a model may write to it.
+            self.base, self.noise = values, None
+        return values
 
     @classmethod
     def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -306,15 +348,14 @@ class DenseWeight(Weight):
 
 
 def plain(weight: Tensor) -> Tensor:
-    """The ordinary tensor under a weight: for a perturbed one, the unperturbed values."""
+    """The ordinary tensor under a weight: the values before noise that is not added yet."""
     return weight.base if isinstance(weight, Weight) else weight
 
 
 def unwrapped(value: Any) -> Any:
     """A tensor that may be a parameter, used as data: an ordinary tensor. Other values as they are."""
     if isinstance(value, DenseWeight):
-        value.use()
-        return plain(value)
+        return value.values()
     return materialise(value) if isinstance(value, PerturbedWeight) else value
 
 

@@ -1,4 +1,4 @@
-"""The weights of an EGGROLL population: low-rank noise carried along, dense noise added."""
+"""The weights of an EGGROLL population: low-rank noise carried along, dense noise added, or left to kernels."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from eggroll.perturbation import LowRank
 from .autocast import without_autocast
 from .noise import ChunkNoise, DrawnFactors, NoiseSource, StoredFactors
 from .parameters import ParameterNoise
-from .perturbed import DenseWeight, Noise, PerturbedWeight, Policy
+from .perturbed import DenseNoise, DenseWeight, Noise, PerturbedWeight, Policy
 
 __all__ = ["EggrollWeights"]
 
@@ -28,12 +28,12 @@ class _Prepared:
     Attributes:
         chunk: the noise that it is made of.
         dense: by name the dense noise of each member as it is added to the parameter, once it was needed.
-        low_rank: by name the scales of all members, then the factors or keys, once they were needed.
+        shared: by name the scales of all members, then the factors or keys, once they were needed.
     """
 
     chunk: ChunkNoise
     dense: dict[str, Tensor] = field(default_factory=dict)
-    low_rank: dict[str, list[Tensor]] = field(default_factory=dict)
+    shared: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class EggrollWeights:
@@ -52,14 +52,15 @@ class EggrollWeights:
         self.randomness_key = randomness_key
         self.members_per_draw = source.members_per_draw
         self.numbers_in_a_draw = source.numbers_in_a_draw
-        self._low_rank = [parameter for parameter in source.parameters if parameter.kind == "low_rank"]
-        self._dense = [parameter for parameter in source.parameters if parameter.kind == "dense"]
+        # What there is of each member in memory, and what carries its noise along, as factors or as keys.
+        self._formed = [p for p in source.parameters if p.kind == "dense" and not source.drawn_by_kernels(p)]
+        self._carrying = [p for p in source.parameters if p.kind == "low_rank" or source.drawn_by_kernels(p)]
         self._numbers_of_member = sum(parameter.draw_size for parameter in source.parameters)
         self._prepared: _Prepared | None = None
 
     @cached_property
     def signature(self) -> Hashable:
-        return tuple((p.name, p.kind, p.kernel, p.rank, p.precision, p.rng) for p in self._low_rank)
+        return tuple((p.name, p.kind, p.kernel, p.rank, p.precision, p.rng) for p in self._carrying)
 
     def prepare(self, members: range) -> None:
         self.source.chunk(members)
@@ -69,12 +70,12 @@ class EggrollWeights:
 
     def batched(self, members: range) -> dict[str, Tensor]:
         prepared = self._of_chunk(members)
-        return {parameter.name: self._with_dense_noise(parameter, prepared) for parameter in self._dense}
+        return {parameter.name: self._with_dense_noise(parameter, prepared) for parameter in self._formed}
 
     def shared(self, members: range) -> dict[str, list[Tensor]]:
         prepared = self._of_chunk(members)
-        noise = prepared.low_rank = prepared.low_rank or self._low_rank_noise(prepared.chunk)
-        return {p.name: [p.parameter.detach(), *noise[p.name]] for p in self._low_rank}
+        noise = prepared.shared = prepared.shared or self._shared_noise(prepared.chunk)
+        return {p.name: [p.parameter.detach(), *noise[p.name]] for p in self._carrying}
 
     def _of_chunk(self, members: range) -> _Prepared:
         if self._prepared is not None and self._prepared.chunk.members == members:
@@ -84,25 +85,25 @@ class EggrollWeights:
             self._prepared = prepared
         return prepared
 
-    def _low_rank_noise(self, chunk: ChunkNoise) -> dict[str, list[Tensor]]:
+    def _shared_noise(self, chunk: ChunkNoise) -> dict[str, list[Tensor]]:
         """See `_Prepared`."""
-        noise, scales = {}, {}
-        for parameter in self._low_rank:
-            factors, scale = self.source.factors(parameter, chunk), self.source.low_rank_scale(parameter)
+        source, noise, scales = self.source, {}, {}
+        for parameter in self._carrying:
+            if parameter.kind == "dense":
+                scale, drawn = source.dense_scale(parameter), [source.keys(parameter, chunk)]
+            else:
+                scale, factors = source.low_rank_scale(parameter), source.factors(parameter, chunk)
+                drawn = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
             if scale not in scales:
                 scales[scale] = chunk.signs * scale
-            drawn = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
             noise[parameter.name] = [scales[scale], *drawn]
         return noise
 
     def _with_dense_noise(self, parameter: ParameterNoise, prepared: _Prepared) -> Tensor:
         """A parameter with dense noise as each member of the chunk sees it, shape ``(members, *shape)``."""
-        source, chunk = self.source, prepared.chunk
-        if source.drawn_by_kernels(parameter):
-            return source.dense_drawn(parameter, chunk)
         noise = prepared.dense.get(parameter.name)
         if noise is None:
-            noise = source.dense_noise(parameter, chunk)
+            noise = self.source.dense_noise(parameter, prepared.chunk)
             if prepared is self._prepared:
                 prepared.dense[parameter.name] = noise
         return parameter.parameter.detach() + noise
@@ -111,8 +112,12 @@ class EggrollWeights:
         bound: dict[str, Tensor] = {
             name: DenseWeight.make(weight, name, self.policy) for name, weight in mine.items()
         }
-        for parameter in self._low_rank if shared else ():
+        for parameter in self._carrying if shared else ():
             weight, scales, *noise = shared[parameter.name]
+            if parameter.kind == "dense":
+                drawn = DenseNoise(noise[0], parameter.precision, parameter.rng, place, scales)
+                bound[parameter.name] = DenseWeight.make(weight, parameter.name, self.policy, drawn)
+                continue
             factors = StoredFactors(*noise) if len(noise) == 2 else DrawnFactors(noise[0], parameter)
             carried = Noise(factors, place, scales, parameter.name, self.policy, parameter.kernel)
             bound[parameter.name] = PerturbedWeight.make(weight, carried)

@@ -80,7 +80,7 @@ def test_it_is_not_called_through_torch_library(monkeypatch: pytest.MonkeyPatch)
     weight = torch.randn(5, 4)
     run = torch.vmap(
         lambda x, member: called(
-            ops.perturbed_linear, x, weight, None, [A, B], 1, "float32", "threefry", member, scales
+            ops.perturbed_linear, x, weight, None, [A, B], [], 1, "float32", "threefry", member, scales
         )
     )
     expected = x @ (weight + A @ B.mT).mT

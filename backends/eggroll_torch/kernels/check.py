@@ -5,6 +5,7 @@ A compiler or a driver that gets one of them wrong would otherwise show in nothi
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def _vectors(
     yield (
         f"dense_of_members{_by(rng)}",
         "ieee",
-        lambda: dense_of_members(torch.from_numpy(vector).to(device), on_device, signs, _SCALE, rng=rng),
+        lambda: dense_of_members(torch.from_numpy(vector).to(device), on_device, _SCALE * signs, rng=rng),
         vector + _SCALE * _SIGNS[:, None] * np.repeat(noise, 2, axis=0),
     )
 
@@ -131,14 +132,24 @@ def _products(
     noise = np.repeat(A @ B.swapaxes(-1, -2), 2, axis=0)
     weights = weight.double().numpy() + _SCALE * _SIGNS[:, None, None] * noise
     signs = torch.from_numpy(_SIGNS).to(device)
+    of_biases = perturbation.dense_noise(keys[::-1], (_OUT,), rng=rng).astype(np.float64)
+    biases = (_SCALE * _SIGNS[:, None] * np.repeat(of_biases, 2, axis=0))[:, None]  # (members, 1, out)
+    noisy: dict[str, Any] = {"bias_keys": on_device.flip(0), "bias_scales": _SCALE * signs, "rng": rng}
     for name, inputs in (("inputs of their own", x), ("a shared input", x[0])):
         arguments = inputs.to(device), weight.to(device), None, on_device, _RANK, signs, _SCALE
         yield (
             f"linear_of_members_drawn{_by(rng)} with {name} in {dtype}",
             tolerance,
-            lambda arguments=arguments: linear_of_members_drawn(*arguments, rng=rng),  # type: ignore[misc]
-            inputs.double().numpy() @ weights.swapaxes(-1, -2),
+            lambda arguments=arguments: linear_of_members_drawn(*arguments, **noisy),  # type: ignore[misc]
+            inputs.double().numpy() @ weights.swapaxes(-1, -2) + biases,
         )
+    stored = tuple(torch.from_numpy(factor).to(device, dtype) for factor in (A, B))
+    yield (
+        f"linear_of_members{_by(rng)} in {dtype}",
+        tolerance,
+        lambda: linear_of_members(x.to(device), weight.to(device), None, *stored, signs, _SCALE, **noisy),
+        x.double().numpy() @ weights.swapaxes(-1, -2) + biases,
+    )
     # Of a shared input, for which one kernel is compiled and not one for each configuration; sums are around 1.
     small = x[0] / 16
     for activation, function in _ACTIVATIONS.items() if dtype == torch.float32 and rng == "threefry" else ():
@@ -172,17 +183,9 @@ def _products(
     if rng != "threefry":
         return  # what is in memory, no generator draws
 
-    on_device_A, on_device_B = (torch.from_numpy(factor).to(device, dtype) for factor in (A, B))
-    yield (
-        f"linear_of_members in {dtype}",
-        tolerance,
-        lambda: linear_of_members(x.to(device), weight.to(device), None, on_device_A, on_device_B, signs, _SCALE),
-        x.double().numpy() @ weights.swapaxes(-1, -2),
-    )
-
     def total_of_stored() -> Tensor:
         summed = torch.zeros(_OUT, _IN, dtype=torch.float32, device=device)
-        add_low_rank_sum_(summed, c, on_device_A, on_device_B, dtype)
+        add_low_rank_sum_(summed, c, *stored, dtype)
         return summed
 
     yield (

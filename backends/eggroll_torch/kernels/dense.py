@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _members_kernel(
-    weight, keys, signs, table, out, draws, size, copies, scale,
+    weight, keys, scales, table, out, draws, size, copies,
     PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(size, BLOCK_C)
@@ -32,28 +32,28 @@ def _members_kernel(
     parameter = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
     for copy in range(copies):
         member = draw * copies + copy
-        sign = tl.load(signs + member, mask=draw < draws, other=0.0)
-        noise = narrow(sign * scale * drawn, DTYPE).to(tl.float32)
+        scale = tl.load(scales + member, mask=draw < draws, other=0.0)
+        noise = narrow(scale * drawn, DTYPE).to(tl.float32)
         tl.store(out + member.to(tl.int64) * size + column, narrow(parameter + noise, DTYPE), mask=inside)
 
 
 @torch.library.custom_op("eggroll::dense_of_members", mutates_args=())
 def dense_of_members(
-    weight: Tensor, keys: Tensor, signs: Tensor, scale: float, precision: str = "float32", rng: str = "threefry"
+    weight: Tensor, keys: Tensor, scales: Tensor, precision: str = "float32", rng: str = "threefry"
 ) -> Tensor:
-    """A parameter with dense noise as each member sees it: ``weight + signs[i] * scale * noise[i // copies]``.
+    """A parameter with dense noise as each member sees it: ``weight + scales[i] * noise[i // copies]``.
 
     Args:
         weight: float32, bfloat16 or float16, any shape.
         keys: int32, shape ``(draws, 2)``.
-        signs: float32, shape ``(members,)``; each draw is that of ``copies = members / draws`` members.
-        scale: sigma.
+        scales: float32, shape ``(members,)``, sigma times the sign; each draw is that of ``copies = members / draws``
+            members.
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
 
     Returns:
         The dtype of `weight`, shape ``(members, *weight.shape)``; the noise is rounded to it before it is added.
     """
-    out = weight.new_empty(len(signs), *weight.shape)
+    out = weight.new_empty(len(scales), *weight.shape)
     if out.numel():
         draws, size = len(keys), weight.numel()
         columns = power_of_two(size, 4, _BLOCK)
@@ -61,8 +61,8 @@ def dense_of_members(
         launch(
             _members_kernel,
             (triton.cdiv(size, columns) * triton.cdiv(draws, at_once),),
-            *(weight.contiguous(), keys.contiguous(), signs.contiguous(), narrow_table(precision, keys), out),
-            *(draws, size, len(signs) // draws, scale),
+            *(weight.contiguous(), keys.contiguous(), scales.contiguous(), narrow_table(precision, keys), out),
+            *(draws, size, len(scales) // draws),
             device=weight.device,
             PRECISION=precision,
             RNG=rng,
@@ -74,8 +74,8 @@ def dense_of_members(
 
 
 @dense_of_members.register_fake
-def _(weight, keys, signs, scale, precision="float32", rng="threefry"):
-    return weight.new_empty(signs.shape[0], *weight.shape)
+def _(weight, keys, scales, precision="float32", rng="threefry"):
+    return weight.new_empty(scales.shape[0], *weight.shape)
 
 
 @triton.jit

@@ -4,7 +4,8 @@ Two kernels. The first computes the projections ``p = x @ B`` of each draw, in f
 shared weight and adds, before it writes a tile, the columns of ``signs * scale * p`` times those of ``A``, as further
 steps of the same product. A tile's rows may belong to one draw or to many; the columns are those of all draws that
 have rows in it, and a row is 0 in the columns of other draws. So every number of ``A`` is read, or drawn, once for a
-tile, whatever the rows of a member and whether pairs share it.
+tile, whatever the rows of a member and whether pairs share it. The noise of a bias is one more column for each draw,
+drawn there: those of the other factor are the members' signs.
 
 Where the members share their input the product with the weight is computed once, by the library, and the second
 kernel reads it. So it is for float32 in full precision, which the library multiplies faster than Triton does, and for
@@ -143,12 +144,12 @@ def _project(x: Tensor, source: Source, draws: int, rank: int) -> Tensor:
 
 @triton.jit
 def _linear_kernel(
-    x, x_row, x_column, weight, weight_row, weight_column, base, bias, bias_keys,
-    values, stride_draw, stride_feature, stride_column, first, table, projected, signs, scale, bias_scale, out,
-    all_rows, out_features, in_features, rows, rows_of_draw, rank, columns, size,
+    x, x_row, x_column, weight, weight_row, weight_column, base, bias, bias_keys, bias_scales,
+    values, stride_draw, stride_feature, stride_column, first, table, projected, signs, scale, out,
+    all_rows, out_features, in_features, rows, rows_of_draw, rank, size,
     SHARED: tl.constexpr, DRAWN: tl.constexpr, PRECISION: tl.constexpr, RNG: tl.constexpr, DTYPE: tl.constexpr,
     PRODUCT: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, BIAS_NOISE: tl.constexpr,
-    ACTIVATION: tl.constexpr, MATMUL: tl.constexpr, STEP: tl.constexpr,
+    ACTIVATION: tl.constexpr, MATMUL: tl.constexpr, STEP: tl.constexpr, BIAS_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output. `size` is for the choice of a configuration: `all_rows`, rounded."""
@@ -195,40 +196,46 @@ def _linear_kernel(
     coefficient = tl.load(signs + member, mask=m_in, other=0.0)
     p_line = (draw.to(tl.int64) * rows + m % rows if SHARED else line) * rank
     last_draw = (tl.minimum((tile_m + 1) * BLOCK_M, all_rows) - 1) // rows_of_draw
-    # Counted from the first draw of all, not of the tile: which columns are added up together is the same in tiles of
-    # every height, so what happens to be faster today does not show in the last bits.
-    first_step = tile_m * BLOCK_M // rows_of_draw * columns // STEP * STEP
-    for step in tl.range(first_step, (last_draw + 1) * columns, STEP, num_stages=1):
-        # The columns are those of the draws of this tile: `rank`, and one of ones if the bias has noise.
+    # Steps are counted from the first draw of all, not of the tile: which columns are added up together is the same
+    # in tiles of every height, so what happens to be faster today does not show in the last bits.
+    first_draw = tile_m * BLOCK_M // rows_of_draw
+    for step in tl.range(first_draw * rank // STEP * STEP, (last_draw + 1) * rank, STEP, num_stages=1):
+        # The columns are those of the draws of this tile, `rank` for each.
         place = step + tl.arange(0, STEP * TIMES) // TIMES
-        of_draw = place // columns
-        column = place % columns
+        column = place % rank
         live = tl.arange(0, STEP * TIMES) % TIMES == 0
-        mine = m_in[:, None] & live[None, :] & (draw[:, None] == of_draw[None, :])
-        p_mask = mine & (column < rank)[None, :]
+        p_mask = m_in[:, None] & live[None, :] & (draw[:, None] == (place // rank)[None, :])
         left = tl.load(projected + p_line[:, None] + column[None, :], mask=p_mask, other=0.0) * scale
-        if BIAS_NOISE:
-            left = tl.where(mine & (column == rank)[None, :], bias_scale, left)
         left = narrow(left * coefficient[:, None], DTYPE)
         place = step + tl.arange(0, STEP)
-        of_draw = tl.minimum(place // columns, last_draw)[:, None]
-        column = (place % columns)[:, None]
-        if BIAS_NOISE:
-            w0, w1 = key_at(values, of_draw, of_draw >= 0)
-            b0, b1 = key_at(bias_keys, of_draw, of_draw >= 0)
-            is_bias = column == rank
-            counter = tl.where(is_bias, n[None, :], (first + n[None, :]) * rank + column)
-            row = tl.where(is_bias, 0, column)
-            stream = tl.where(is_bias, 0, first)
-            k0 = tl.where(is_bias, b0, w0)
-            k1 = tl.where(is_bias, b1, w1)
-            A = narrow(normals(k0, k1, counter, n_blocks, row, stream, table, PRECISION, RNG), DTYPE)
-        else:
-            A = factor(
-                values, stride_draw, stride_feature, stride_column, first, table,
-                of_draw, n[None, :], n_blocks, column, rank, n_in[None, :], DRAWN, PRECISION, RNG, DTYPE,
-            )  # fmt: skip
-        sums = product(left, spread(pinned(A, RNG), STEP, BLOCK_N, TIMES), sums, MATMUL)
+        of_draw = tl.minimum(place // rank, last_draw)[:, None]
+        column = (place % rank)[:, None]
+        A = factor(
+            values, stride_draw, stride_feature, stride_column, first, table,
+            of_draw, n[None, :], n_blocks, column, rank, n_in[None, :], DRAWN, PRECISION, RNG, DTYPE,
+        )  # fmt: skip
+        if DRAWN:
+            A = pinned(A, RNG)
+        sums = product(left, spread(A, STEP, BLOCK_N, TIMES), sums, MATMUL)
+
+    if BIAS_NOISE:
+        COPIES: tl.constexpr = 16 // BIAS_STEP
+        own_scale = tl.load(bias_scales + member, mask=m_in, other=0.0)
+        sign = tl.where(own_scale > 0, 1.0, tl.where(own_scale < 0, -1.0, 0.0))
+        members_of_draw = rows_of_draw // rows
+        for step in tl.range(first_draw // BIAS_STEP * BIAS_STEP, last_draw + 1, BIAS_STEP, num_stages=1):
+            place = step + tl.arange(0, 16) // COPIES
+            mine = (tl.arange(0, 16) % COPIES == 0)[None, :] & (draw[:, None] == place[None, :])
+            left = narrow(tl.where(mine, sign[:, None], 0.0), DTYPE)
+            of_draw = tl.minimum(step + tl.arange(0, BIAS_STEP), last_draw)[:, None]
+            size_of_draw = tl.zeros((BIAS_STEP, 1), tl.float32)
+            for copy in range(members_of_draw):
+                of_member = tl.load(bias_scales + of_draw * members_of_draw + copy)
+                size_of_draw = tl.maximum(size_of_draw, tl.abs(of_member))
+            k0, k1 = key_at(bias_keys, of_draw, of_draw >= 0)
+            # Scaled before it is rounded, as the noise of a bias in memory is.
+            Z = narrow(size_of_draw * normals(k0, k1, n[None, :], n_blocks, 0, 0, table, PRECISION, RNG), DTYPE)
+            sums = product(left, spread(pinned(Z, RNG), BIAS_STEP, BLOCK_N, COPIES), sums, MATMUL)
 
     if BIAS == "shared":
         sums += tl.load(bias + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
@@ -281,7 +288,7 @@ def _tuned(block_k: int) -> Any:
     tiles = (_INTERPRETED_TILE,) if INTERPRETED else _TILES
     return triton.autotune(
         configs=[_configuration(tile, block_k) for tile in tiles],
-        key=["size", "out_features", "in_features", "rank", "DRAWN", "RNG", "STEP", "MATMUL"],
+        key=["size", "out_features", "in_features", "rank", "DRAWN", "BIAS_NOISE", "RNG", "STEP", "MATMUL"],
         prune_configs_by={"early_config_prune": _fitting},
     )(_linear_kernel)
 
@@ -297,12 +304,16 @@ def _linear(
     signs: Tensor,
     scale: float,
     bias_keys: Tensor | None,
-    bias_scale: float,
+    bias_scales: Tensor | None,
+    precision: str,
+    rng: str,
     activation: str | None,
     fused: bool | None,
 ) -> Tensor:
     members, out_features = len(signs), len(weight)
     _check(x, weight, members, draws, activation)
+    if (bias_keys is None) != (bias_scales is None):
+        raise ValueError("`bias_keys` and `bias_scales` go together, got one of them")
     shared, (rows, in_features) = x.ndim == 2, x.shape[-2:]
     out = x.new_empty(members, rows, out_features)
     if out.numel() == 0:
@@ -317,14 +328,13 @@ def _linear(
     if not fused:
         base = torch.mm(lines, weight.mT) if shared else torch.mm(lines, weight.mT, out=out.view(-1, out_features))
     rows_of_draw = members // draws * rows
-    columns = rank + (bias_keys is not None)
     tile = _INTERPRETED_TILE if INTERPRETED else _TILE_OF_SUM
     block_m, block_n, warps, stages = (128, None, None, None) if fused else tile
     constants: dict[str, Any] = {
         "SHARED": shared,
         "DRAWN": A.drawn,
-        "PRECISION": A.precision,
-        "RNG": A.rng,
+        "PRECISION": precision,
+        "RNG": rng,
         "DTYPE": DTYPES[x.dtype],
         "PRODUCT": fused,
         "EVEN": in_features % 64 == 0,
@@ -332,7 +342,8 @@ def _linear(
         "BIAS_NOISE": bias_keys is not None,
         "ACTIVATION": activation,
         "MATMUL": matmul,
-        "STEP": power_of_two(columns * -(-block_m // rows_of_draw), 1, 16),
+        "STEP": power_of_two(rank * -(-block_m // rows_of_draw), 1, 16),
+        "BIAS_STEP": power_of_two(-(-block_m // rows_of_draw), 1, 16),
     }
     kernel: Any = _tuned(16 if INTERPRETED else 128 // x.element_size())
     if not fused:
@@ -342,17 +353,9 @@ def _linear(
         kernel,
         lambda meta: (triton.cdiv(members * rows, meta["BLOCK_M"]) * triton.cdiv(out_features, meta["BLOCK_N"]),),
         *(lines, *lines.stride(), weight, *weight.stride(), base),
-        *(x if bias is None else bias.contiguous(), x if bias_keys is None else bias_keys.contiguous()),
-        *(
-            *A.arguments,
-            narrow_table(A.precision, A.values),
-            _project(x, B, draws, rank),
-            signs.contiguous(),
-            scale,
-            bias_scale,
-            out,
-        ),
-        *(members * rows, out_features, in_features, rows, rows_of_draw, rank, columns),
+        *(x if given is None else given.contiguous() for given in (bias, bias_keys, bias_scales)),
+        *(*A.arguments, narrow_table(precision, signs), _project(x, B, draws, rank), signs.contiguous(), scale, out),
+        *(members * rows, out_features, in_features, rows, rows_of_draw, rank),
         triton.next_power_of_2(members * rows),
         device=x.device,
         **constants,
@@ -380,10 +383,14 @@ def linear_of_members(
     B: Tensor,
     signs: Tensor,
     scale: float,
+    bias_keys: Tensor | None = None,
+    bias_scales: Tensor | None = None,
+    precision: str = "float32",
+    rng: str = "threefry",
     activation: str | None = None,
     fused: bool | None = None,
 ) -> Tensor:
-    """A linear layer of all members of a chunk, whose noise is in memory.
+    """A linear layer of all members of a chunk, whose low-rank noise is in memory.
 
     Member ``i`` has draw ``d = i // (members / draws)`` and the weight ``W + signs[i] * scale * A[d] @ B[d].T``.
 
@@ -395,6 +402,12 @@ def linear_of_members(
         B: shape ``(draws, in, rank)``.
         signs: float32, shape ``(members,)``.
         scale: ``sigma / sqrt(rank)``.
+        bias_keys: int32, shape ``(draws, 2)``: the bias of member ``i`` is then `bias`, or 0, plus
+            ``bias_scales[i]`` times ``(out,)`` numbers that are drawn from ``bias_keys[d]`` and never in memory. What
+            is added is rounded to the dtype of `x`, as `dense_of_members` rounds it to that of the bias.
+        bias_scales: with `bias_keys`; float32, shape ``(members,)``, sigma of the bias times the sign. Within a draw
+            they differ in sign alone, or are 0.
+        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
         activation: one of `ACTIVATIONS`, or None.
         fused: whether one kernel multiplies with the weight and adds the noise; by default it does unless the weight
             is large. The library multiplies where not, and always where inputs are shared or float32 is multiplied in
@@ -404,7 +417,8 @@ def linear_of_members(
         The dtype of `x`, shape ``(members, rows, out)``.
     """
     draws, _, rank = A.shape
-    return _linear(x, weight, bias, stored(A), stored(B), draws, rank, signs, scale, None, 0.0, activation, fused)
+    how = bias_keys, bias_scales, precision, rng, activation, fused
+    return _linear(x, weight, bias, stored(A), stored(B), draws, rank, signs, scale, *how)
 
 
 @torch.library.custom_op("eggroll::linear_of_members_drawn", mutates_args=())
@@ -417,29 +431,26 @@ def linear_of_members_drawn(
     signs: Tensor,
     scale: float,
     bias_keys: Tensor | None = None,
-    bias_scale: float = 0.0,
+    bias_scales: Tensor | None = None,
     precision: str = "float32",
     rng: str = "threefry",
     activation: str | None = None,
     fused: bool | None = None,
 ) -> Tensor:
-    """`linear_of_members` whose noise is drawn where it is needed and never in memory.
+    """`linear_of_members` whose factors are drawn where they are needed, too, and never in memory.
 
     Args:
-        keys: int32, shape ``(draws, 2)``, from which the factors are drawn as `eggroll.perturbation` lays them out.
+        keys: int32, shape ``(draws, 2)``, from which the factors are drawn as `eggroll.perturbation` lays them out;
+            they are rounded to the dtype of `x`.
         rank: columns of each factor.
-        bias_keys: int32, shape ``(draws, 2)``: the bias of member ``i`` is then `bias`, or 0, plus
-            ``signs[i] * bias_scale`` times ``(out,)`` numbers drawn from ``bias_keys[d]``.
-        bias_scale: sigma of the bias.
-        precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`; numbers are then rounded to
-            the dtype of `x`.
 
     Returns:
         The dtype of `x`, shape ``(members, rows, out)``.
     """
     keys = keys.contiguous()
     A, B = drawn(keys, x.shape[-1], precision, rng)
-    return _linear(x, weight, bias, A, B, len(keys), rank, signs, scale, bias_keys, bias_scale, activation, fused)
+    how = bias_keys, bias_scales, precision, rng, activation, fused
+    return _linear(x, weight, bias, A, B, len(keys), rank, signs, scale, *how)
 
 
 @linear_of_members.register_fake

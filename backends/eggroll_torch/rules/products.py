@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import grouped, ops
+from .. import grouped, kernels, ops
 from ..autocast import autocast_operands, autocasts, without_autocast
 from ..derivatives import differentiates
 from ..member_mode import FUNCTIONS
-from ..noise import DrawnFactors
-from ..perturbed import PerturbedWeight, formed, plain, rule, unwrapped
+from ..noise import DrawnFactors, StoredFactors
+from ..perturbed import DenseNoise, DenseWeight, PerturbedWeight, formed, plain, rule, unwrapped
 from ..vectorising import called
 from .views import transposed
 
@@ -22,8 +22,8 @@ __all__ = ["linear"]
 def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
     noise = weight.noise
-    bias = None if bias is None else unwrapped(bias)
     if differentiates():
+        bias = None if bias is None else unwrapped(bias)
         x, W, bias, A, B = autocast_operands(x, plain(weight), bias, *noise.of_member())
         return F.linear(x, W, bias) + (x @ B) @ A.mT
     if isinstance(noise.factors, DrawnFactors):
@@ -32,8 +32,29 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
     else:
         factors, rank = [noise.A, noise.B], noise.A.shape[-1]
         precision, rng = "float32", "threefry"  # not used: the factors are there
+    bias_noise: list[Tensor] = []
+    if isinstance(bias, DenseWeight) and (drawn := _noise_for_kernel(x, weight, bias)):
+        bias.use()
+        bias, bias_noise, precision, rng = plain(bias), [drawn.keys, drawn.scales], drawn.precision, drawn.rng
+    elif bias is not None:
+        bias = unwrapped(bias)
+        bias = bias if bias.shape == plain(weight).shape[:1] else bias.expand(weight.shape[:1])
     x, W, bias, *factors = autocast_operands(x, plain(weight), bias, *factors)
-    return called(ops.perturbed_linear, x, W, bias, factors, rank, precision, rng, *noise.operands())
+    return called(ops.perturbed_linear, x, W, bias, factors, bias_noise, rank, precision, rng, *noise.operands())
+
+
+def _noise_for_kernel(x: Tensor, weight: PerturbedWeight, bias: DenseWeight) -> DenseNoise | None:
+    """The noise of a bias, where the kernel that multiplies with the weight can draw it."""
+    noise, factors = bias.noise, weight.noise.factors
+    together = (
+        noise is not None
+        and noise.member is weight.noise.member  # of one population
+        and plain(bias).shape == plain(weight).shape[:1]
+        and plain(bias).dtype == plain(weight).dtype
+        and (isinstance(factors, StoredFactors) or factors.parameter.precision == noise.precision)
+        and kernels.usable(x)
+    )
+    return noise if together else None
 
 
 def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:

@@ -210,13 +210,13 @@ def cases(every: bool) -> Iterator[Case]:
     signs = torch.ones(64)
     for dtype in (WIDE, *NARROW):
         vector = torch.zeros(512, dtype=dtype)
-        yield f"dense_of_members {name_of(dtype)}", partial(dense.dense_of_members, vector, keys, signs, 0.1)
+        yield f"dense_of_members {name_of(dtype)}", partial(dense.dense_of_members, vector, keys, signs)
     yield "add_dense_sum_drawn_", partial(dense.add_dense_sum_drawn_, torch.zeros(512), signs, keys)
     philox = {"rng": "philox"}
     blocks = torch.zeros(3, 1024, dtype=torch.int32)
     yield "draw_rows philox", partial(noise.draw_rows, keys.view(2, 32, 2), blocks[0], blocks, **philox)
     vector = torch.zeros(512)
-    yield "dense_of_members philox", partial(dense.dense_of_members, vector, keys, signs, 0.1, **philox)
+    yield "dense_of_members philox", partial(dense.dense_of_members, vector, keys, signs, **philox)
     yield "add_dense_sum_drawn_ philox", partial(dense.add_dense_sum_drawn_, vector, signs, keys, **philox)
     sizes = 2, 2048, 2048  # rank, features in and out
     yield "draw_both_factors", partial(noise.draw_both_factors, keys, None, *sizes, "float32", "threefry", NARROW[0])
@@ -232,12 +232,12 @@ def cases_of_ones() -> Iterator[Case]:
         "draw_both_factors of ones",
         partial(noise.draw_both_factors, key, None, 1, 1, 1, "float32", "threefry", torch.float32),
     )
-    yield "dense_of_members of ones", partial(dense.dense_of_members, torch.zeros(1), key, sign, 0.1)
+    yield "dense_of_members of ones", partial(dense.dense_of_members, torch.zeros(1), key, sign)
     yield "add_dense_sum_drawn_ of ones", partial(dense.add_dense_sum_drawn_, torch.zeros(1), sign, key)
     yield "update drawn of ones", partial(update.add_low_rank_sum_drawn_, torch.zeros(1, 1), sign, key, 1)
     for dtype in (WIDE, NARROW[0]):
         x, weight = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
-        arguments = x, weight, weight[0], key, 1, sign, 0.1, key, 0.1
+        arguments = x, weight, weight[0], key, 1, sign, 0.1, key, sign
         yield f"linear {name_of(dtype)} of ones", partial(linear.linear_of_members_drawn, *arguments)
 
 
@@ -275,13 +275,13 @@ def run_linear(members: int, draws: int, rows: int, rank: int, shared: bool, dty
     x = torch.zeros(*(() if shared else (members,)), rows, 1024, dtype=dtype)
     weight, bias, signs = torch.zeros(512, 1024, dtype=dtype), torch.zeros(512, dtype=dtype), torch.ones(members)
     keys = torch.zeros(draws, 2, dtype=torch.int32)
+    rng = "philox" if way == "drawn by philox" else "threefry"
+    noisy = {"bias_keys": keys, "bias_scales": signs, "rng": rng, "activation": "silu"}
     if way != "stored":
-        rng = "philox" if way == "drawn by philox" else "threefry"
-        noisy = {"bias_keys": keys, "bias_scale": 0.1, "rng": rng, "activation": "silu"}
         linear.linear_of_members_drawn(x, weight, bias, keys, rank, signs, 0.1, **noisy)
     else:
         A, B = torch.zeros(draws, 512, rank, dtype=dtype), torch.zeros(draws, 1024, rank, dtype=dtype)
-        linear.linear_of_members(x, weight, bias, A, B, signs, 0.1, "gelu")
+        linear.linear_of_members(x, weight, bias, A, B, signs, 0.1, **noisy)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 

@@ -18,7 +18,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_members(shape: tuple[int, ...], members: int, draws: int, dtype: torch.dtype, device: torch.device):
     weight = torch.randn(shape).to(device, dtype)
     keys, signs = random_keys(draws, device=device), signs_of(members, draws, device)
-    out = dense.dense_of_members(weight, keys, signs, 0.3)
+    out = dense.dense_of_members(weight, keys, 0.3 * signs)
     noise = perturbation.dense_noise(keys.to(torch.uint32), shape).repeat_interleave(members // draws, 0)
     change = signs.view(-1, *(1,) * len(shape)) * 0.3 * noise
     expected = weight.double() + change.double()
@@ -32,7 +32,7 @@ def test_precision(precision: prng.Precision, device: torch.device):
     weight, keys, signs = torch.randn(4, 5).to(device), random_keys(3, device=device), signs_of(6, 3, device)
     noise = perturbation.dense_noise(keys.to(torch.uint32), (4, 5), precision)
     expected = weight + signs.view(-1, 1, 1) * 0.3 * noise.repeat_interleave(2, 0)
-    assert error(dense.dense_of_members(weight, keys, signs, 0.3, precision), expected) < 1e-6
+    assert error(dense.dense_of_members(weight, keys, 0.3 * signs, precision), expected) < 1e-6
     total, coefficients = torch.randn(4, 5).to(device), torch.randn(3).to(device)
     expected = total + dense_sum(coefficients, noise)
     dense.add_dense_sum_drawn_(total, coefficients, keys, precision)
@@ -44,7 +44,7 @@ def test_philox(shape: tuple[int, ...], device: torch.device):
     weight, keys, signs = torch.randn(shape).to(device), random_keys(3, device=device), signs_of(6, 3, device)
     noise = perturbation.dense_noise(keys.to(torch.uint32), shape, rng="philox")
     expected = weight + signs.view(-1, *(1,) * len(shape)) * 0.3 * noise.repeat_interleave(2, 0)
-    assert error(dense.dense_of_members(weight, keys, signs, 0.3, rng="philox"), expected) < 1e-6
+    assert error(dense.dense_of_members(weight, keys, 0.3 * signs, rng="philox"), expected) < 1e-6
     total, coefficients = torch.randn(shape).to(device), torch.randn(3).to(device)
     expected = total + dense_sum(coefficients, noise)
     dense.add_dense_sum_drawn_(total, coefficients, keys, rng="philox")
@@ -86,11 +86,11 @@ def test_strided_and_empty_parameters(device: torch.device):
     weight = torch.randn(4, 6).to(device)
     keys, signs = random_keys(2, device=device), signs_of(4, 2, device)
     assert torch.equal(
-        dense.dense_of_members(weight.mT, keys, signs, 0.3),
-        dense.dense_of_members(weight.mT.contiguous(), keys, signs, 0.3),
+        dense.dense_of_members(weight.mT, keys, 0.3 * signs),
+        dense.dense_of_members(weight.mT.contiguous(), keys, 0.3 * signs),
     )
-    assert dense.dense_of_members(weight[:0], keys, signs, 0.3).shape == (4, 0, 6)
-    assert dense.dense_of_members(weight, keys[:0], signs[:0], 0.3).shape == (0, 4, 6)
+    assert dense.dense_of_members(weight[:0], keys, 0.3 * signs).shape == (4, 0, 6)
+    assert dense.dense_of_members(weight, keys[:0], 0.3 * signs[:0]).shape == (0, 4, 6)
     total = torch.randn(6, 4).to(device).mT
     expected = total + dense_sum(signs[:2], perturbation.dense_noise(keys.to(torch.uint32), (4, 6)))
     dense.add_dense_sum_drawn_(total, signs[:2], keys)
@@ -102,7 +102,7 @@ def test_strided_and_empty_parameters(device: torch.device):
 def test_what_is_wrong_shows(device: torch.device):
     """The comparisons above could fail."""
     weight, keys, signs = torch.randn(9).to(device), random_keys(3, device=device), signs_of(6, 3, device)
-    right = dense.dense_of_members(weight, keys, signs, 0.3)
-    assert error(dense.dense_of_members(weight, keys, signs.abs(), 0.3), right) > 0.05
-    assert error(dense.dense_of_members(weight, keys.roll(1, 0), signs, 0.3), right) > 0.05
-    assert error(dense.dense_of_members(weight, keys, signs, 0.31), right) > 1e-3
+    right = dense.dense_of_members(weight, keys, 0.3 * signs)
+    assert error(dense.dense_of_members(weight, keys, 0.3 * signs.abs()), right) > 0.05
+    assert error(dense.dense_of_members(weight, keys.roll(1, 0), 0.3 * signs), right) > 0.05
+    assert error(dense.dense_of_members(weight, keys, 0.31 * signs), right) > 1e-3

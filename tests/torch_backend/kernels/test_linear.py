@@ -11,6 +11,7 @@ from torch_backend.kernels.support import ON_GPU, TOLERANCES, core_factors, erro
 
 from eggroll import prng
 from eggroll_torch.kernels import linear
+from eggroll_torch.kernels.dense import dense_of_members
 
 SCALE, BIAS_SCALE = 0.3, 0.7
 FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -81,15 +82,17 @@ class Layer:
         self.keys = random_keys(draws, device=device)
         self.A, self.B = core_factors(self.keys, out_features, in_features, rank, dtype, precision, rng)
         self.signs = signs_of(members, draws, device)
+        self.bias_scales = None if self.bias_keys is None else BIAS_SCALE * self.signs
 
     def stored(self, **changes: Any) -> Tensor:
-        given = {name: getattr(self, name) for name in ("x", "weight", "bias", "A", "B", "signs")} | {"scale": SCALE}
-        return linear.linear_of_members(**(given | self.options | changes))
+        return linear.linear_of_members(**(self._given("A", "B") | changes))
 
     def drawn(self, **changes: Any) -> Tensor:
-        names = ("x", "weight", "bias", "keys", "rank", "signs", "bias_keys", "precision", "rng")
-        given = {name: getattr(self, name) for name in names} | {"scale": SCALE, "bias_scale": BIAS_SCALE}
-        return linear.linear_of_members_drawn(**(given | self.options | changes))
+        return linear.linear_of_members_drawn(**(self._given("keys", "rank") | changes))
+
+    def _given(self, *noise: str) -> dict[str, Any]:
+        names = ("x", "weight", "bias", "signs", "bias_keys", "bias_scales", "precision", "rng", *noise)
+        return {name: getattr(self, name) for name in names} | {"scale": SCALE} | self.options
 
     def expected(self) -> Tensor:
         x, W, A, B, signs = (tensor.double() for tensor in (self.x, self.weight, self.A, self.B, self.signs))
@@ -136,9 +139,8 @@ def test_every_rank(rank: int, shared: bool, way: Callable[..., Tensor], dtype: 
 )
 def test_every_bias_and_activation(bias: str | None, activation: str | None, shared: bool, device: torch.device):
     layer = Layer(Size(6, 3, 2, 9, 7), torch.float32, device, shared=shared, bias=bias, activation=activation)
-    assert error(layer.drawn(), layer.expected()) < 1e-5
-    if layer.bias_keys is None:
-        assert error(layer.stored(), layer.expected()) < 1e-5
+    for way in (layer.stored, layer.drawn):
+        assert error(way(), layer.expected()) < 1e-5
 
 
 def test_an_activation_keeps_what_is_not_a_number_and_saturates(device: torch.device):
@@ -157,23 +159,37 @@ def test_small_values_of_an_activation_keep_their_digits(device: torch.device):
     x = torch.logspace(-8, 1, 64).mul(torch.tensor([[1.0], [-1.0]])).view(1, 128, 1).to(device)
     one, zero = torch.ones(1, 1, device=device), torch.zeros(1, 1, 1, device=device)
     for activation, function in FUNCTIONS.items():
-        out = linear.linear_of_members(x, one, None, zero, zero, one[0], SCALE, activation)
+        out = linear.linear_of_members(x, one, None, zero, zero, one[0], SCALE, activation=activation)
         compared = (x > -1) | (activation not in {"gelu", "gelu_tanh"})
         torch.testing.assert_close(out[compared].double(), function(x.double())[compared], rtol=5e-6, atol=0)
 
 
+@ways
 @inputs
-@pytest.mark.parametrize("bias", [None, "noisy"])
-def test_a_narrow_bias_with_noise(bias: str | None, shared: bool, dtype: torch.dtype, device: torch.device):
-    layer = Layer(TYPICAL, dtype, device, rank=3, shared=shared, bias=bias, activation="silu")
-    assert error(layer.drawn(), layer.expected()) < TOLERANCES[dtype]
+def test_a_narrow_bias_with_noise(shared: bool, way: Callable[..., Tensor], dtype: torch.dtype, device: torch.device):
+    layer = Layer(TYPICAL, dtype, device, rank=3, shared=shared, bias="noisy", activation="silu")
+    assert error(way(layer), layer.expected()) < TOLERANCES[dtype]
 
 
+@ways
+@pytest.mark.parametrize("rng", ["threefry", "philox"])
+@pytest.mark.parametrize("size", [TYPICAL, Size(36, 18, 1, 20, 5)], ids=["5 rows", "1 row"])
+def test_the_noise_of_a_bias_is_that_of_a_bias_in_memory(
+    size: Size, rng: prng.Rng, way: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
+):
+    """To the bit, as it is rounded, too."""
+    layer = Layer(size, dtype, device, bias="noise alone", rng=rng)
+    none = torch.zeros(size.out_features, device=device, dtype=dtype)
+    expected = dense_of_members(none, layer.bias_keys, layer.bias_scales, rng=rng)
+    assert torch.equal(way(layer, x=torch.zeros_like(layer.x)), expected.unsqueeze(1).expand(-1, size.rows, -1))
+
+
+@ways
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_noise_drawn_in_a_narrow_dtype(precision: prng.Precision, device: torch.device):
+def test_noise_drawn_in_a_narrow_dtype(precision: prng.Precision, way: Callable[..., Tensor], device: torch.device):
     layer = Layer(TYPICAL, torch.float32, device, rank=2, bias="noisy", precision=precision)
-    assert error(layer.drawn(), layer.expected()) < 1e-5
-    assert error(layer.drawn(precision="float32"), layer.expected()) > 1e-3
+    assert error(way(layer), layer.expected()) < 1e-5
+    assert error(way(layer, precision="float32"), layer.expected()) > 1e-3
 
 
 @inputs
@@ -240,7 +256,7 @@ def test_the_bits_do_not_depend_on_the_tile(
 ):
     """Which tile is the fastest is found out anew in every process; a run that is resumed goes on to the bit."""
     monkeypatch.setattr(linear, "dot_precision", lambda dtype: "tf32")
-    layer = Layer(Size(80, 40, rows, 48, 40), torch.float32, device, rank=rank, shared=shared)
+    layer = Layer(Size(80, 40, rows, 48, 40), torch.float32, device, rank=rank, shared=shared, bias="noisy")
     found = []
     for tile in ((64, 32, 4, 1), (128, 32, 4, 1), (128, 64, 8, 2)):
         monkeypatch.setattr(linear, "_TILES", (tile,))
@@ -331,8 +347,9 @@ WRONG: dict[str, Callable[[Layer], dict[str, Any]]] = {
     "the keys of other draws": lambda layer: {"keys": layer.keys.roll(1, 0)},
     "the words of a key": lambda layer: {"keys": layer.keys.flip(-1)},
     "the key of the bias": lambda layer: {"bias_keys": layer.keys},
-    "the scale of the bias": lambda layer: {"bias_scale": SCALE},
-    "no noise in the bias": lambda layer: {"bias_keys": None},
+    "the scale of the bias": lambda layer: {"bias_scales": SCALE * layer.signs},
+    "the sign of the bias": lambda layer: {"bias_scales": layer.bias_scales.abs()},
+    "no noise in the bias": lambda layer: {"bias_keys": None, "bias_scales": None},
     "the inputs of other members": lambda layer: {"x": layer.x.roll(1, 0)},
     "a transposed weight": lambda layer: {"weight": layer.weight.mT},
     "the activation": lambda layer: {"activation": "relu"},
@@ -358,3 +375,5 @@ def test_what_the_layer_refuses(device: torch.device):
         layer.drawn(signs=layer.signs[:5])
     with pytest.raises(ValueError, match=r"`activation` must be None or one of relu, .*, got 'sine'"):
         layer.drawn(activation="sine")
+    with pytest.raises(ValueError, match="`bias_keys` and `bias_scales` go together"):
+        layer.stored(bias_keys=layer.keys)

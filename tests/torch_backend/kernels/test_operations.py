@@ -20,15 +20,16 @@ def arguments(device: torch.device) -> dict[str, tuple]:
     A, B = torch.randn(DRAWS, OUT, RANK, device=device), torch.randn(DRAWS, IN, RANK, device=device)
     x, weight = torch.randn(MEMBERS, ROWS, IN, device=device), torch.randn(OUT, IN, device=device)
     coefficients, bias = torch.randn(DRAWS, device=device), torch.randn(OUT, device=device)
+    by_philox = "float16", "philox", "gelu"
     return {
         "fold_in": (keys, places),
         "draw_rows": (keys.view(1, DRAWS, 2), places % DRAWS, counters, "bfloat16", torch.float16, "philox"),
         "draw_both_factors": (keys, coefficients, RANK, IN, OUT, "float32", "philox", torch.bfloat16),
-        "linear_of_members": (x, weight, bias, A, B, signs, 0.3, "relu", False),
-        "linear_of_members_drawn": (x, weight, None, keys, RANK, signs, 0.3, keys, 0.1, "float16", "philox", "gelu"),
+        "linear_of_members": (x, weight, bias, A, B, signs, 0.3, None, None, "float32", "threefry", "relu", False),
+        "linear_of_members_drawn": (x, weight, None, keys, RANK, signs, 0.3, keys, signs, *by_philox),
         "add_low_rank_sum_": (torch.randn(OUT, IN, device=device), coefficients, A, B),
         "add_low_rank_sum_drawn_": (torch.randn(OUT, IN, device=device), coefficients, keys, RANK),
-        "dense_of_members": (weight, keys, signs, 0.3),
+        "dense_of_members": (weight, keys, signs),
         "add_dense_sum_drawn_": (torch.randn(OUT, device=device), coefficients, keys),
     }
 
