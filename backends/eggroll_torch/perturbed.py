@@ -44,12 +44,15 @@ class Way:
             into its buffers.
         own_buffers: the names of those buffers.
         one_by_one: the model cannot be vectorised over members.
+        captured: the model has operators that have to be captured as a whole, such as `torch.cond`: members then run
+            with ordinary tensors for weights, whose use is not noted.
     """
 
     writes_to_inputs: bool | None = None
     fills_tensors: bool = False
     own_buffers: frozenset[str] = frozenset()
     one_by_one: bool = False
+    captured: bool = False
 
 
 @dataclass
@@ -114,6 +117,7 @@ class Policy:
             raise
         except Exception as error:
             problem = error
+        way.captured = isinstance(problem, torch._dynamo.exc.UncapturedHigherOrderOpError)
         if not way.fills_tensors:
             # Not every error means that vmap is at fault: if members fail alone too, theirs is the true one.
             way.own_buffers = written_to()

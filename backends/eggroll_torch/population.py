@@ -346,7 +346,11 @@ class Population:
         def run_alone(place: int, given: list[Tensor], copies: dict[str, Tensor]) -> list[Tensor]:
             with self._seeded(members[place]):
                 alone = [tensor.clone() for tensor in call.of_member(given, place)]
-                bound = weights.bind(index[place], weights.materialise(members[place]), {})
+                bound = weights.materialise(members[place])
+                if way.captured:
+                    weights.policy.used.update(bound)  # as far as can be known
+                else:
+                    bound = weights.bind(index[place], bound, {})
                 return run_member(index[place], key, bound | copies, alone)
 
         def written_to() -> frozenset[str]:

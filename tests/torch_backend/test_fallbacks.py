@@ -138,6 +138,9 @@ DATA_DEPENDENT: dict[str, Callable[[Model, Tensor], Any]] = {
     "tolist": lambda m, x: torch.tensor(F.linear(x, m.weight, m.bias).tolist()),
     "boolean index, same count": lambda m, x: (lambda y: y[y == y.max()])(F.linear(x, m.weight, m.bias)),
     "in place": lambda m, x: F.linear(x, m.weight.data.mul_(2), m.bias),
+    "captured as a whole": lambda m, x: torch.cond(
+        x.sum() > 0, lambda x: F.linear(x, -m.weight), lambda x: x[:, :4] + m.bias, (x,)
+    ),
 }
 
 
