@@ -255,8 +255,9 @@ class Population:
     def _size(self, call: "_Call") -> int:
         weights = self.weights
 
-        def run(count: int) -> object:
-            return self._run_chunk(call, self._members[:count], Compiler(False))
+        def run(count: int) -> int:
+            outputs = self._run_chunk(call, self._members[:count], Compiler(False))
+            return sum(tensor.nbytes for tensor in outputs.tensors)
 
         if self._chunking.measures_next:  # what is drawn once for all members is no member's
             weights.prepare_shared()
@@ -440,14 +441,14 @@ class _Outputs:
 
     def take_apart(self, result: Any) -> list[Tensor]:
         """The tensors of what one member, or all of them under `vmap`, returned."""
-        self._accept(Parts(result))
-        assert self.parts is not None
-        return [formed(tensor, "the model's output") for tensor in self.parts.tensors]
+        parts = Parts(result)
+        self._accept(parts.without_tensors())
+        return [formed(tensor, "the model's output") for tensor in parts.tensors]
 
     def parts_alone(self) -> Parts:
         """The rest."""
         assert self.parts is not None
-        return self.parts.without_tensors()
+        return self.parts
 
     def append(self, other: "_Outputs") -> None:
         """Checks that those of another chunk go with these."""
@@ -479,6 +480,7 @@ class _Collected:
         for whole, part in zip(self._tensors, outputs.tensors, strict=True):
             _check_shapes({tuple(whole.shape[1:]), tuple(part.shape[1:])})
             whole[start : start + len(part)] = part
+        outputs.tensors = []  # the next chunk runs before the caller lets go of this one
 
     def tree(self) -> Any:
         return self._first.tree(self._tensors)
