@@ -175,7 +175,7 @@ def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:
 
     if isinstance(seed, Tensor) and seed.ndim == 0:
         seed = seed.item()  # type: ignore[assignment]
-    if isinstance(seed, int) or not hasattr(seed, "__len__"):
+    if isinstance(seed, int | str | bytes) or not hasattr(seed, "__len__"):
         return prng.key(seed, xp=xp, device="cpu")  # type: ignore[arg-type]
     return prng.key_from_words(seed, xp=xp, device="cpu")
 

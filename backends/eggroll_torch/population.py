@@ -120,6 +120,12 @@ class Population:
     def __repr__(self) -> str:
         return f"Population(members={self._members.start}..{self._members.stop - 1})"
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a population is neither pickled nor copied: send `population.state_dict(i)` to another process, or the "
+            "trainer, whose ask() gives the same population there"
+        )
+
     @property
     def weights(self) -> MemberWeights:
         """The members' weights, while the generation is open."""
@@ -183,7 +189,12 @@ class Population:
 
         Args:
             dtype: of the trained parameters, by default their own. float32 keeps what a narrow dtype rounds away.
+
+        Raises:
+            TypeError: `dtype` is not a floating-point dtype.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"`dtype` must be a floating-point dtype of PyTorch or None, got {dtype!r}")
         check_is_itself(self._model, "population.state_dict()")
         state = self._model.state_dict()
         member = self.weights.materialise(self._member(index), dtype)
