@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_backend.support import run_one_by_one
@@ -113,6 +114,12 @@ class Case:
     x: Callable[[int | None], torch.Tensor]
     guarded: bool = True
     materialises: bool = False
+
+
+def normed(
+    norm: Callable[..., nn.Module], kind: type[nn.Module], spatial: tuple[int, ...], **options: object
+) -> Case:
+    return Case(lambda: norm(kind(8, 16, 3, **options)), features(ROWS, 8, *spatial), guarded=False)  # type: ignore
 
 
 def conv(kind: type[nn.Module], spatial: tuple[int, ...], channels: int = 8, **options: object) -> Case:
@@ -252,6 +259,14 @@ CASES = {
         lambda: Call(lambda m, x: F.adaptive_avg_pool2d(F.linear(x, m.w).permute(0, 3, 1, 2), 1), w=(40, WIDTH)),
         features(ROWS, 3, 2, WIDTH),
     ),
+    "channels last": Case(
+        lambda: Call2(
+            nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(2, 16)).to(memory_format=torch.channels_last),
+            lambda x: (x.contiguous(memory_format=torch.channels_last),),
+        ),
+        features(ROWS, 8, 6, 5),
+        guarded=False,
+    ),
     "conv_transpose1d": conv(nn.ConvTranspose1d, (5,), kernel_size=3, stride=2, output_padding=1),
     "conv_transpose2d": conv(nn.ConvTranspose2d, (4, 3), kernel_size=3, stride=2, padding=1, groups=2),
     "conv_transpose3d": conv(nn.ConvTranspose3d, (2, 3, 2), kernel_size=2, dilation=2),
@@ -291,8 +306,80 @@ CASES = {
     "batch norm in train mode": Case(
         lambda: nn.Sequential(nn.Linear(WIDTH, 40), nn.BatchNorm1d(40)), features(16, WIDTH)
     ),
-    "spectral use, no rule": Case(
-        lambda: Call(lambda m, x: F.linear(x, m.w / m.w.norm()), w=(40, WIDTH)), rows, False, materialises=True
+    "weight norm": Case(lambda: parametrizations.weight_norm(nn.Linear(WIDTH, 40)), rows),
+    "weight norm of all": Case(lambda: parametrizations.weight_norm(nn.Linear(WIDTH, 40, bias=False), dim=-1), rows),
+    "weight norm, conv2d": normed(parametrizations.weight_norm, nn.Conv2d, (6, 5), groups=2),
+    "weight norm, conv_transpose1d": normed(parametrizations.weight_norm, nn.ConvTranspose1d, (6,)),
+    "spectral norm": Case(lambda: parametrizations.spectral_norm(nn.Linear(WIDTH, 40)), rows),
+    "spectral norm, conv2d": normed(parametrizations.spectral_norm, nn.Conv2d, (6, 5), bias=False),
+    "cosine similarity": Case(
+        lambda: Call(
+            lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.w)) + x @ F.normalize(m.w.T, dim=0),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "norms of narrow rows": Case(
+        lambda: Call(lambda m, x: x[:, :3] @ (m.w / m.w.norm(dim=1, keepdim=True)).T, w=(40, 3)), rows, guarded=False
+    ),
+    "divided by norms": Case(
+        lambda: Call(
+            lambda m, x: F.linear(x, m.w / m.w.norm()) + m.w.div(torch.linalg.vector_norm(m.w, dim=0)) @ x[0],
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "scaled by vectors": Case(
+        lambda: Call(
+            lambda m, x: F.linear(x, -m.w * m.r[:, None] / m.c[None].exp() * m.s, m.r) + (2 * m.w * m.r).T.mv(m.q),
+            w=(WIDTH, WIDTH),
+            r=(WIDTH,),
+            c=(WIDTH,),
+            s=(1,),
+            q=(WIDTH,),
+        ),
+        rows,
+    ),
+    "scaled lookup": Case(
+        lambda: Call(lambda m, i: F.embedding(i, F.normalize(m.w) * m.c), w=(50, WIDTH), c=(WIDTH,)), indices(2)
+    ),
+    "unsqueezed and expanded": Case(
+        lambda: Call(
+            lambda m, x: (
+                x.expand(3, -1, -1) @ m.w.T.unsqueeze(0)
+                + torch.bmm(x.expand(3, -1, -1), m.w.expand(3, -1, -1).mT)
+                + F.linear(x, m.w.unsqueeze(-3).squeeze(0))
+            ),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "joined": Case(
+        lambda: Call(
+            lambda m, x: torch.cat(
+                [F.linear(x, torch.cat([m.v, m.w])), x @ torch.concat((m.w.T, m.v[:3].T), dim=-1)], -1
+            ),
+            v=(40, WIDTH),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "stacked": Case(
+        lambda: Call(
+            lambda m, x: torch.einsum("bi,koi->kbo", x, torch.stack([m.v, m.w])), v=(40, WIDTH), w=(40, WIDTH)
+        ),
+        rows,
+    ),
+    "addmv and multi_dot": Case(
+        lambda: Call(
+            lambda m, x: torch.addmv(m.b, m.w, x[0], beta=2) + torch.linalg.multi_dot([m.w, x.T, x[:, 0]]),
+            w=(40, WIDTH),
+            b=(40,),
+        ),
+        rows,
+    ),
+    "elementwise use, no rule": Case(
+        lambda: Call(lambda m, x: F.linear(x, m.w.tanh()), w=(40, WIDTH)), rows, False, materialises=True
     ),
 }
 
@@ -412,7 +499,7 @@ def test_no_matrix_is_formed_for_all_members(name: str, per_member: bool) -> Non
     model, members = case.model(), 64
     smallest = min(p.numel() for p in model.parameters() if p.ndim > 1 and min(p.shape) > 1)
     x = case.x(members if per_member else None)
-    population = trainer_of(model, population_size=members, rank=1).ask()
+    population = trainer_of(model, population_size=members, rank=1, strict=True).ask()  # raises what is found
     population.weights.prepare(population.members)  # the noise of all parameters is one row for each draw
     with NoLargeTensor(members * smallest):
         population(x, per_member=per_member)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import autocast_operands
-from ..perturbed import PerturbedWeight, plain, rule
+from ..perturbed import EITHER, PerturbedWeight, ScaledWeight, plain, rule, times, unwrapped
 
 _CONVOLUTIONS: dict[Any, int] = {
     F.conv1d: 1,
@@ -59,6 +59,14 @@ def _applied(
     groups: int,
     transposed: bool,
 ) -> Any:
+    if isinstance(weight, ScaledWeight):
+        factor = weight.rows
+        if factor is not None and factor.ndim:
+            factor = factor.view(-1, *(1,) * spatial)
+        if transposed:
+            return function(times(input, factor), weight.weight, bias, *how)
+        out = times(function(input, weight.weight, None, *how), factor)
+        return out if bias is None else out + unwrapped(bias).to(out.dtype).view(-1, *(1,) * spatial)
     if not _covers(input, weight, bias, spatial):
         return NotImplemented
     x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
@@ -78,9 +86,9 @@ def _applied(
 
 
 for _function, _spatial in _CONVOLUTIONS.items():
-    rule(_function)(_convolution(_function, _spatial))
+    rule(_function, of=EITHER)(_convolution(_function, _spatial))
 for _transposed, _spatial in _TRANSPOSED.items():
-    rule(_transposed)(_transposed_convolution(_transposed, _spatial))
+    rule(_transposed, of=EITHER)(_transposed_convolution(_transposed, _spatial))
 
 
 def _covers(input: Tensor, weight: Any, bias: Any, spatial: int) -> bool:

@@ -6,19 +6,33 @@ from torch import Tensor
 
 from .. import ops
 from ..member_mode import FUNCTIONS
-from ..perturbed import PerturbedWeight, UnsupportedOperationError, plain, rule
+from ..perturbed import (
+    EITHER,
+    LowRankWeight,
+    PerturbedWeight,
+    ScaledWeight,
+    UnsupportedOperationError,
+    plain,
+    rule,
+    times,
+)
 from ..vectorising import called
 
 __all__ = ["rows"]
 
 
-def rows(weight: PerturbedWeight, index: Tensor) -> Tensor:
+def rows(weight: LowRankWeight, index: Tensor) -> Tensor:
     """``W_i[index]``: `index` of shape ``(...)``, `weight` ``(n, dim)``, result ``(..., dim)``."""
+    if isinstance(weight, ScaledWeight):
+        factor = weight.rows
+        if factor is not None and factor.ndim:
+            factor = factor[index].unsqueeze(-1)
+        return times(times(rows(weight.weight, index), factor), weight.columns)
     noise = weight.noise
     return called(ops.perturbed_embedding, index, plain(weight), noise.A, noise.B, *noise.operands())
 
 
-@rule(F.embedding)
+@rule(F.embedding, of=EITHER)
 def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     _refuse_max_norm(weight, max_norm)
     return rows(weight, input) if weight.is_matrix else NotImplemented
@@ -83,7 +97,7 @@ def _bag_of_another_weight(input, weight, offsets=None, max_norm=None, *args, **
 FUNCTIONS[F.embedding_bag] = _bag_of_another_weight
 
 
-def _refuse_max_norm(weight: PerturbedWeight, max_norm: float | None) -> None:
+def _refuse_max_norm(weight: LowRankWeight, max_norm: float | None) -> None:
     if max_norm is not None:
         raise UnsupportedOperationError(
             f"parameter {weight.noise.name!r}: an embedding with `max_norm` renormalises its weight in place, "

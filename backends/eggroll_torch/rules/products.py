@@ -1,5 +1,6 @@
 """Products with a perturbed matrix, or with a stack of them: ``x @ W.T + scale * (x @ B) @ A.T``."""
 
+import functools
 import string
 from typing import Any
 
@@ -12,17 +13,20 @@ from ..autocast import autocast_operands, autocasts, without_autocast
 from ..derivatives import differentiates
 from ..member_mode import FUNCTIONS
 from ..noise import DrawnFactors
-from ..perturbed import PerturbedWeight, formed, plain, rule, unwrapped
+from ..perturbed import EITHER, LowRankWeight, PerturbedWeight, ScaledWeight, formed, plain, rule, times, unwrapped
 from ..vectorising import called
-from .views import transposed
+from .views import layer, transposed
 
 __all__ = ["linear"]
 
 
-def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
+    x, bias = unwrapped(x), unwrapped(bias)
+    if isinstance(weight, ScaledWeight):
+        out = times(linear(times(x, weight.columns), weight.weight), weight.rows)
+        return out if bias is None else out + bias.to(out.dtype)
     noise = weight.noise
-    bias = None if bias is None else unwrapped(bias)
     if differentiates():
         x, W, bias, A, B = autocast_operands(x, plain(weight), bias, *noise.of_member())
         return F.linear(x, W, bias) + (x @ B) @ A.mT
@@ -36,7 +40,7 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
     return called(ops.perturbed_linear, x, W, bias, factors, rank, precision, rng, *noise.operands())
 
 
-def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
+def stacked_linear(x: Tensor, weight: LowRankWeight) -> Tensor:
     """``x[e] @ W_i[e].T`` for each matrix of a stack: `x` ``(stack, rows, in)``, `weight` ``(stack, out, in)``."""
     noise = weight.noise
     if differentiates():
@@ -46,28 +50,31 @@ def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
     return called(ops.perturbed_stacked_linear, *operands, *noise.operands())
 
 
-@rule(F.linear)
+@rule(F.linear, of=EITHER)
 def _linear(input, weight, bias=None):
-    if not isinstance(weight, PerturbedWeight) or not weight.is_matrix or isinstance(bias, PerturbedWeight):
+    if not isinstance(weight, LowRankWeight) or not weight.is_matrix or isinstance(bias, PerturbedWeight):
         return NotImplemented
     return linear(formed(input, "linear"), weight, bias)  # a weight may be the input of another
 
 
+@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, of=EITHER)
+def _broadcast_matmul(input, other):
+    return _matmul(_single(input, other), _single(other, input))
+
+
 @rule(
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
     torch.mm,
     torch.Tensor.mm,
     torch.mv,
     torch.Tensor.mv,
     torch.bmm,
     torch.Tensor.bmm,
+    of=EITHER,
 )
 def _matmul(input, other):
-    if isinstance(input, PerturbedWeight) == isinstance(other, PerturbedWeight):
+    if isinstance(input, LowRankWeight) == isinstance(other, LowRankWeight):
         return NotImplemented
-    if isinstance(other, PerturbedWeight):
+    if isinstance(other, LowRankWeight):
         if other.is_matrix:
             return linear(input, transposed(other))
         return stacked_linear(input, transposed(other)) if _stacks_match(other, input) else NotImplemented
@@ -76,12 +83,21 @@ def _matmul(input, other):
     return stacked_linear(other.mT, input).mT if _stacks_match(input, other) else NotImplemented
 
 
-@rule(torch.Tensor.__rmatmul__)
+@rule(torch.Tensor.__rmatmul__, of=EITHER)
 def _rmatmul(right, left):
-    return _matmul(left, right)
+    return _broadcast_matmul(left, right)
 
 
-@rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
+@rule(torch.linalg.multi_dot, of=EITHER)
+def _multi_dot(tensors, *, out=None):
+    if out is not None:
+        return NotImplemented
+    if isinstance(tensors[0], LowRankWeight):  # from the other end, where there may be no weight
+        return functools.reduce(lambda right, left: left @ right, reversed(tensors))
+    return functools.reduce(torch.matmul, tensors)
+
+
+@rule(*(getattr(of, name) for of in (torch, Tensor) for name in ("addmm", "baddbmm", "addmv")))
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     if isinstance(input, PerturbedWeight) or out is not None:
         return NotImplemented
@@ -244,5 +260,11 @@ class _Contraction:
         return out.permute([labels.index(label) for label in self.out_labels])
 
 
-def _stacks_match(weight: PerturbedWeight, other: Tensor) -> bool:
+def _single(weight: Any, other: Any) -> Any:
+    """A stack of one matrix as that matrix, where it broadcasts over what it is multiplied with."""
+    is_stack = isinstance(weight, PerturbedWeight) and weight.noise.kernel is None and weight.ndim == 3
+    return layer(weight, 0) if is_stack and weight.shape[0] == 1 and other.ndim >= 3 else weight
+
+
+def _stacks_match(weight: LowRankWeight, other: Tensor) -> bool:
     return weight.noise.kernel is None and weight.ndim == other.ndim == 3 and weight.shape[0] == other.shape[0]

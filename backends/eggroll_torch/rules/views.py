@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..perturbed import PerturbedWeight, plain, rule
+from ..perturbed import EITHER, LowRankWeight, PerturbedWeight, ScaledWeight, plain, rule
 from .lookup import rows
 
-__all__ = ["part", "transposed"]
+__all__ = ["layer", "part", "transposed", "unsqueezed"]
 
 
-def transposed(weight: PerturbedWeight) -> PerturbedWeight:
+def transposed(weight: LowRankWeight) -> LowRankWeight:
     """Each matrix transposed: rows and columns, hence ``A`` and ``B``, change places."""
+    if isinstance(weight, ScaledWeight):
+        return ScaledWeight.make(_transposed(weight.weight), weight.columns, weight.rows)
+    assert isinstance(weight, PerturbedWeight)
+    return _transposed(weight)
+
+
+def _transposed(weight: PerturbedWeight) -> PerturbedWeight:
     noise = weight.noise
     return PerturbedWeight.make(plain(weight).mT, noise.having(noise.B, noise.A))
 
@@ -37,7 +44,7 @@ def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
     return PerturbedWeight.make(plain(weight)[index[1:]], noise.having(A, B))
 
 
-def _layer(weight: PerturbedWeight, index: int) -> PerturbedWeight:
+def layer(weight: PerturbedWeight, index: int) -> PerturbedWeight:
     """One layer of a stack."""
     noise = weight.noise
     return PerturbedWeight.make(plain(weight)[index], noise.having(noise.A[:, index], noise.B[:, index]))
@@ -56,18 +63,18 @@ _MH: Any = torch.Tensor.mH
 _DATA: Any = torch.Tensor.data
 
 
-@rule(_T.__get__, _H.__get__, torch.t, torch.Tensor.t)
+@rule(_T.__get__, _H.__get__, torch.t, torch.Tensor.t, of=EITHER)
 def _t(input):
     return transposed(input) if input.is_matrix else NotImplemented
 
 
-@rule(_MT.__get__, _MH.__get__, torch.adjoint, torch.Tensor.adjoint)
+@rule(_MT.__get__, _MH.__get__, torch.adjoint, torch.Tensor.adjoint, of=EITHER)
 def _m_t(input):
     return transposed(input) if input.noise.kernel is None else NotImplemented
 
 
-@rule(torch.transpose, torch.Tensor.transpose)
-@rule(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims)
+@rule(torch.transpose, torch.Tensor.transpose, of=EITHER)
+@rule(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims, of=EITHER)
 def _transpose(input, dim0, dim1):
     if input.noise.kernel is not None:
         return NotImplemented
@@ -77,7 +84,7 @@ def _transpose(input, dim0, dim1):
     return transposed(input) if dims == {input.ndim - 2, input.ndim - 1} else NotImplemented
 
 
-@rule(torch.permute, torch.Tensor.permute)
+@rule(torch.permute, torch.Tensor.permute, of=EITHER)
 def _permute(input, *args, dims=None):
     order = [_axis(input, dim) for dim in (_flat(args) if dims is None else dims)]
     identity = list(range(input.ndim))
@@ -88,7 +95,7 @@ def _permute(input, *args, dims=None):
     return transposed(input) if order == [*identity[:-2], identity[-1], identity[-2]] else NotImplemented
 
 
-@rule(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis)
+@rule(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis, of=EITHER)
 def _movedim(input, source, destination):
     # The axes of a tensor without storage are moved in its place.
     axes = torch.empty(list(range(2, 2 + input.ndim)), device="meta").movedim(source, destination).shape
@@ -175,6 +182,46 @@ def _reshape(input, *shape):
     return _reshaped(input, target)
 
 
+@rule(torch.unsqueeze, torch.Tensor.unsqueeze)
+def unsqueezed(input, dim):
+    """Another axis of length 1, in front of those of the matrices."""
+    noise, axis = input.noise, dim % (input.ndim + 1)
+    if noise.kernel is not None or axis > input.ndim - 2:
+        return NotImplemented
+    return PerturbedWeight.make(
+        plain(input).unsqueeze(dim), noise.having(noise.A.unsqueeze(axis + 1), noise.B.unsqueeze(axis + 1))
+    )
+
+
+@rule(torch.squeeze, torch.Tensor.squeeze)
+def _squeeze(input, dim=None):
+    if not isinstance(dim, int) or input.noise.kernel is not None:
+        return NotImplemented
+    axis = _axis(input, dim)
+    if input.shape[axis] != 1:
+        return input
+    noise = input.noise
+    if axis >= input.ndim - 2:
+        return NotImplemented
+    return PerturbedWeight.make(
+        plain(input).squeeze(axis), noise.having(noise.A.squeeze(axis + 1), noise.B.squeeze(axis + 1))
+    )
+
+
+@rule(torch.Tensor.expand)
+def _expand(input, *sizes):
+    noise, base = input.noise, plain(input).expand(*sizes)
+    if noise.kernel is not None or base.shape[-2:] != input.shape[-2:]:
+        return NotImplemented
+    *stack, _, _ = base.shape
+    more = (1,) * (base.ndim - input.ndim)
+    A, B = (
+        factor.reshape(len(factor), *more, *factor.shape[1:]).expand(-1, *stack, -1, -1)
+        for factor in (noise.A, noise.B)
+    )
+    return PerturbedWeight.make(base, noise.having(A, B))
+
+
 @rule(torch.Tensor.reshape_as, torch.Tensor.view_as)
 def _reshape_as(input, other):
     if not isinstance(input, PerturbedWeight):
@@ -225,26 +272,10 @@ for _method, _dtype in (
     rule(_method)(lambda input, _dtype=_dtype: _cast(input, lambda tensor: tensor.to(_dtype)))
 
 
-@rule(torch.Tensor.mul, torch.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
-def _mul(input, other):
-    if isinstance(other, PerturbedWeight):
-        input, other = other, input
-    return _scaled(input, other) if isinstance(other, int | float) else NotImplemented
+_COPIES = (torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
 
 
-@rule(torch.Tensor.div, torch.div, torch.Tensor.__truediv__)
-def _div(input, other, *, rounding_mode=None):
-    if not isinstance(input, PerturbedWeight) or not isinstance(other, int | float) or rounding_mode is not None:
-        return NotImplemented
-    return _scaled(input, 1 / other)
-
-
-@rule(torch.Tensor.__neg__, torch.neg, torch.Tensor.neg)
-def _neg(input):
-    return _scaled(input, -1)
-
-
-@rule(_DATA.__get__, torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
+@rule(_DATA.__get__, *_COPIES, of=EITHER)
 def _same(input, **kwargs):
     return input
 
@@ -257,7 +288,7 @@ def _apply_indices(weight: PerturbedWeight, indices: Sequence[Any]) -> Any:
             current = part(current, axis, index)
             axis += 1
         elif axis == 0 and current.ndim > 2:
-            current = _layer(current, index)
+            current = layer(current, index)
         elif axis == 0 and current.ndim == 2 and len(indices) == 1:
             return _row(current, index)
         else:
@@ -284,7 +315,7 @@ def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
     return PerturbedWeight.make(base.reshape(target), noise.having(A, B))
 
 
-def _axis(weight: PerturbedWeight, dim: int) -> int:
+def _axis(weight: LowRankWeight, dim: int) -> int:
     if not -weight.ndim <= dim < weight.ndim:
         raise IndexError(f"`dim` must be in [{-weight.ndim}, {weight.ndim}), got {dim}")
     return dim % weight.ndim
@@ -293,11 +324,6 @@ def _axis(weight: PerturbedWeight, dim: int) -> int:
 def _resolved(shape: Sequence[int], numel: int) -> list[int]:
     known = math.prod(length for length in shape if length != -1)
     return [numel // max(known, 1) if length == -1 else length for length in shape]
-
-
-def _scaled(weight: PerturbedWeight, factor: Any) -> PerturbedWeight:
-    noise = weight.noise
-    return PerturbedWeight.make(plain(weight) * factor, replace(noise, scales=noise.scales * factor))
 
 
 def _cast(weight: PerturbedWeight, cast: Callable[[Tensor], Tensor]) -> Any:
