@@ -272,7 +272,19 @@ def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-FUNCTIONS |= {function: _norm(function) for function in (F.layer_norm, F.group_norm, F.rms_norm)}
+def _group_norm(input, *args, **kwargs):
+    # In another layout `torch.vmap` asks for one that it does not know.
+    return F.group_norm(input.contiguous(), *args, **kwargs)
+
+
+FUNCTIONS |= {F.layer_norm: _norm(F.layer_norm), F.group_norm: _norm(_group_norm), F.rms_norm: _norm(F.rms_norm)}
+
+
+@_answers(torch.Tensor.contiguous)
+def _contiguous(input, memory_format=torch.contiguous_format):
+    if memory_format != torch.contiguous_format and _level() is not None:
+        return input  # `torch.vmap` knows no other layout, and numbers do not depend on it
+    return input.contiguous(memory_format=memory_format)
 
 
 @_answers(F.adaptive_avg_pool2d)
