@@ -56,6 +56,7 @@ NO_RULE: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "column": (lambda m, x: x[:, :4] + m.weight[:, 1] + m.bias, "__getitem__"),
     "mask": (lambda m, x: F.linear(x, m.weight[torch.tensor([True, False, True, True])]) + m.bias[0], "__getitem__"),
     "real part": (lambda m, x: x @ m.weight.real.T + m.bias, "the attribute 'real'"),
+    "vmap": (lambda m, x: x[:, :4] + torch.vmap(lambda row, b: row.sum() * b)(m.weight, m.bias), "torch.vmap"),
     "output": (lambda m, x: (m.weight, m.bias), "the model's output"),
 }
 
