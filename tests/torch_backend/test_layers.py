@@ -71,6 +71,17 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.embedding(index)))
 
 
+class Pointwise(nn.Module):
+    """A convolution of length 1 that is also used as a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.conv(x.unsqueeze(-1)).squeeze(-1), self.conv.weight.squeeze(-1))
+
+
 class Experts(nn.Module):
     """Each row goes to the expert that its first three numbers choose, through as many grouped products as layers."""
 
@@ -369,6 +380,25 @@ CASES = {
             lambda m, x: torch.einsum("bi,koi->kbo", x, torch.stack([m.v, m.w])), v=(40, WIDTH), w=(40, WIDTH)
         ),
         rows,
+    ),
+    "heads joined": Case(
+        lambda: Call(lambda m, x: torch.einsum("bhd,hdo->bo", x.view(ROWS, 3, 8), m.w), w=(3, 8, 40)), rows
+    ),
+    "a kernel as a matrix": Case(Pointwise, rows, guarded=False),
+    "a matrix as a kernel": Case(
+        lambda: Call(
+            lambda m, x: (
+                F.conv1d(x.view(1, 4, 12), m.w.view(12, 4, 6))
+                + F.conv1d(x.view(1, WIDTH, 2), m.w.unsqueeze(-1))[..., :1]
+            ),
+            w=(12, WIDTH),
+        ),
+        features(ROWS, WIDTH),
+        guarded=False,
+    ),
+    "learned positions": Case(
+        lambda: Call(lambda m, x: m.p[None, :3] + (x - m.t) + m.p[:3], p=(9, WIDTH), t=(1, WIDTH)),
+        features(ROWS, 3, WIDTH),
     ),
     "addmv and multi_dot": Case(
         lambda: Call(

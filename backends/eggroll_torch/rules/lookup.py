@@ -1,4 +1,6 @@
-"""Rows of a perturbed matrix: ``W[index] + scale * A[index] @ B.T``."""
+"""Weights that are data: rows, ``W[index] + scale * A[index] @ B.T``, or what is added to activations."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from ..perturbed import (
     plain,
     rule,
     times,
+    unwrapped,
 )
 from ..vectorising import called
 
@@ -36,6 +39,23 @@ def rows(weight: LowRankWeight, index: Tensor) -> Tensor:
 def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     _refuse_max_norm(weight, max_norm)
     return rows(weight, input) if weight.is_matrix else NotImplemented
+
+
+def _added(function: Any) -> Any:
+    def answer(input, other, **how):
+        x, weight = (input, other) if isinstance(other, LowRankWeight) else (other, input)
+        # A sum that is larger than the weight, such as that of activations and learned positions, is none itself.
+        if not isinstance(x, Tensor) or isinstance(x, LowRankWeight):
+            return NotImplemented
+        is_data = x.numel() > weight.numel() or x.ndim > weight.ndim
+        return function(unwrapped(input), unwrapped(other), **how) if is_data else NotImplemented
+
+    return answer
+
+
+for _name in ("add", "sub", "__add__", "__radd__", "__sub__"):
+    for _function in (getattr(of, _name) for of in (torch, Tensor) if hasattr(of, _name)):
+        rule(_function, of=EITHER)(_added(_function))
 
 
 @rule(F.embedding_bag)

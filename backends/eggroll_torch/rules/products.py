@@ -234,9 +234,9 @@ class _Contraction:
             and column not in output
             and row not in x_labels
             and row in output
-            and all(label in output for label in stack)
+            and all(label in output or label in x_labels for label in stack)
             and len(set(x_labels)) == len(x_labels)
-            and set(output) == (set(x_labels) | set(w_labels)) - {column}
+            and set(output) | set(stack) == (set(x_labels) | set(w_labels)) - {column}
         )
         return cls(x, weight, x_labels, w_labels, output) if plain_product else None
 
@@ -254,7 +254,10 @@ class _Contraction:
             x = x.unsqueeze(0).expand(self.weight.shape[0], *x.shape)
         lengths = x.shape[1:-1]
         out = stacked_linear(x.reshape(x.shape[0], -1, x.shape[-1]), self.weight)
-        return self._order(out.reshape(out.shape[0], *lengths, out.shape[-1]), [*stack, *rest, row])
+        out = out.reshape(out.shape[0], *lengths, out.shape[-1])
+        if stack[0] not in self.out_labels:  # contracted too, as where heads are joined
+            return self._order(out.sum(0), [*rest, row])
+        return self._order(out, [*stack, *rest, row])
 
     def _order(self, out: Tensor, labels: list[str]) -> Tensor:
         return out.permute([labels.index(label) for label in self.out_labels])

@@ -108,6 +108,9 @@ def _getitem(input, index):
         is_lookup = input.is_matrix and index.dtype in (torch.int64, torch.int32)
         return rows(input, index) if is_lookup else NotImplemented
     indices = index if isinstance(index, tuple) else (index,)
+    if indices and indices[0] is None:
+        inside = _getitem(input, indices[1:])
+        return inside if inside is NotImplemented else inside.unsqueeze(0)
     if input.noise.kernel is not None or not all(
         isinstance(i, slice) or i is Ellipsis or (isinstance(i, int) and not isinstance(i, bool)) for i in indices
     ):
@@ -187,7 +190,7 @@ def unsqueezed(input, dim):
     """Another axis of length 1, in front of those of the matrices."""
     noise, axis = input.noise, dim % (input.ndim + 1)
     if noise.kernel is not None or axis > input.ndim - 2:
-        return NotImplemented
+        return _reshaped(input, plain(input).unsqueeze(dim).shape)
     return PerturbedWeight.make(
         plain(input).unsqueeze(dim), noise.having(noise.A.unsqueeze(axis + 1), noise.B.unsqueeze(axis + 1))
     )
@@ -195,14 +198,13 @@ def unsqueezed(input, dim):
 
 @rule(torch.squeeze, torch.Tensor.squeeze)
 def _squeeze(input, dim=None):
-    if not isinstance(dim, int) or input.noise.kernel is not None:
+    if not isinstance(dim, int):
         return NotImplemented
-    axis = _axis(input, dim)
+    noise, axis = input.noise, _axis(input, dim)
     if input.shape[axis] != 1:
         return input
-    noise = input.noise
-    if axis >= input.ndim - 2:
-        return NotImplemented
+    if noise.kernel is not None or axis >= input.ndim - 2:
+        return _reshaped(input, plain(input).squeeze(dim).shape)
     return PerturbedWeight.make(
         plain(input).squeeze(axis), noise.having(noise.A.squeeze(axis + 1), noise.B.squeeze(axis + 1))
     )
@@ -297,7 +299,7 @@ def _apply_indices(weight: PerturbedWeight, indices: Sequence[Any]) -> Any:
 
 
 def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
-    """Another shape that leaves the columns whole: rows split into a stack, or a convolution kernel as its matrix."""
+    """Another shape that leaves rows or columns whole: a stack of fewer rows, or a convolution kernel of a matrix."""
     noise, base = weight.noise, plain(weight)
     target = _resolved(shape, base.numel())
     if target == list(base.shape):
@@ -307,8 +309,12 @@ def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
         if target != matrix:
             return NotImplemented
         return PerturbedWeight.make(base.reshape(matrix), replace(noise, kernel=None))
-    if base.ndim != 2 or len(target) < 2 or target[-1] != base.shape[1]:
+    if base.ndim != 2 or len(target) < 2:
         return NotImplemented
+    if target[-1] != base.shape[1]:
+        if len(target) < 3 or target[0] != base.shape[0]:
+            return NotImplemented
+        return PerturbedWeight.make(base.reshape(target), replace(noise, kernel=tuple(target)))
     *stack, rows, columns = target
     A = noise.A.reshape(noise.A.shape[0], *stack, rows, -1)
     B = noise.B.reshape(noise.B.shape[0], *(1,) * len(stack), columns, -1).expand(-1, *stack, -1, -1)
