@@ -15,7 +15,7 @@ from torch import Tensor
 from ..autocast import autocast_operands
 from ..perturbed import EITHER, PerturbedWeight, ScaledWeight, plain, rule, times, unwrapped
 
-_CONVOLUTIONS: dict[Any, int] = {
+CONVOLUTIONS: dict[Any, int] = {
     F.conv1d: 1,
     F.conv2d: 2,
     F.conv3d: 3,
@@ -23,7 +23,7 @@ _CONVOLUTIONS: dict[Any, int] = {
     torch.conv2d: 2,
     torch.conv3d: 3,
 }
-_TRANSPOSED: dict[Any, int] = {
+TRANSPOSED: dict[Any, int] = {
     F.conv_transpose1d: 1,
     F.conv_transpose2d: 2,
     F.conv_transpose3d: 3,
@@ -85,9 +85,9 @@ def _applied(
     return out if input.ndim == spatial + 2 else out.squeeze(0)
 
 
-for _function, _spatial in _CONVOLUTIONS.items():
+for _function, _spatial in CONVOLUTIONS.items():
     rule(_function, of=EITHER)(_convolution(_function, _spatial))
-for _transposed, _spatial in _TRANSPOSED.items():
+for _transposed, _spatial in TRANSPOSED.items():
     rule(_transposed, of=EITHER)(_transposed_convolution(_transposed, _spatial))
 
 

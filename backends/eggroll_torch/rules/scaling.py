@@ -33,7 +33,9 @@ def _mul(input, other):
 def _div(input, other, *, rounding_mode=None):
     if not isinstance(input, LowRankWeight) or rounding_mode is not None:
         return NotImplemented
-    return _scaled(input, 1 / unwrapped(other) if _is_factor(input, other) else other)
+    if isinstance(other, Tensor) and _is_factor(input, other):
+        return _scaled(input, 1 / unwrapped(other).to(input.dtype))
+    return _scaled(input, 1 / other) if isinstance(other, int | float) else NotImplemented
 
 
 @rule(torch.Tensor.__neg__, torch.neg, torch.Tensor.neg, of=EITHER)
@@ -94,10 +96,11 @@ FUNCTIONS |= {torch._weight_norm: _answer_weight_norm, F.normalize: _answer_norm
 
 
 def _is_factor(weight: LowRankWeight, factor: Any) -> bool:
-    """Whether it is a number, or scales whole rows, or columns, of a matrix or a kernel; in the weight's dtype."""
+    """Whether it is a number, or scales whole rows, or columns, of a matrix or a kernel, and leaves its dtype."""
     if not isinstance(factor, Tensor):
         return isinstance(factor, int | float)
-    if factor.dtype != weight.dtype or not (weight.is_matrix or weight.noise.kernel):
+    same_dtype = factor.dtype == weight.dtype or (factor.ndim == 0 and factor.is_floating_point())
+    if not same_dtype or not (weight.is_matrix or weight.noise.kernel):
         return False
     of_columns = (1, weight.shape[-1]) if weight.is_matrix else (1,)
     return tuple(factor.shape) in {
@@ -120,7 +123,7 @@ def _scaled(weight: LowRankWeight, factor: Any) -> Any:
         if rows is None and columns is None:
             return perturbed
     else:
-        factor = unwrapped(factor)
+        factor = unwrapped(factor).to(weight.dtype)
         if factor.ndim and factor.shape[-1] > 1:
             columns = times(factor.reshape(-1), columns)
         else:
