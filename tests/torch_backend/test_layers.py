@@ -325,7 +325,11 @@ CASES = {
     "spectral norm, conv2d": normed(parametrizations.spectral_norm, nn.Conv2d, (6, 5), bias=False),
     "cosine similarity": Case(
         lambda: Call(
-            lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.w)) + x @ F.normalize(m.w.T, dim=0),
+            lambda m, x: (
+                F.linear(F.normalize(x, dim=-1), F.normalize(m.w))
+                + x @ F.normalize(m.w.T, dim=0)
+                + torch.einsum("bd,cd->bc", x, F.normalize(m.w))
+            ),
             w=(40, WIDTH),
         ),
         rows,
@@ -348,6 +352,18 @@ CASES = {
             c=(WIDTH,),
             s=(1,),
             q=(WIDTH,),
+        ),
+        rows,
+    ),
+    "parts of a scaled weight": Case(
+        lambda: Call(
+            lambda m, x: (
+                sum(F.linear(x, part) for part in (m.w * m.r[:, None]).chunk(2))
+                + F.linear(x[:, :9], (m.w * m.c).narrow(1, 3, 9).split([4, 16])[1]).sum(-1, keepdim=True)
+            ),
+            w=(20, WIDTH),
+            r=(20,),
+            c=(WIDTH,),
         ),
         rows,
     ),

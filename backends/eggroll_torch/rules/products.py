@@ -149,7 +149,7 @@ def _is_grouped_product(mat_a: Any, mat_b: Any, offs: Any, bias: Any, out_dtype:
     )
 
 
-@rule(torch.einsum)
+@rule(torch.einsum, of=EITHER)
 def _einsum(equation: Any, *operands: Any) -> Any:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
     if len(operands) != 2 or not isinstance(equation, str):
@@ -158,13 +158,13 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 def _contracted(equation: str, operands: Any) -> Any:
-    if isinstance(operands[0], PerturbedWeight) and isinstance(operands[1], PerturbedWeight):
+    if isinstance(operands[0], LowRankWeight) and isinstance(operands[1], LowRankWeight):
         return NotImplemented
     plan = _Contraction.parse(equation, operands)
     return NotImplemented if plan is None else plan.run()
 
 
-@rule(torch.tensordot)
+@rule(torch.tensordot, of=EITHER)
 def _tensordot(a, b, dims=2, out=None):
     if out is not None or isinstance(dims, Tensor):
         return NotImplemented
@@ -177,7 +177,7 @@ def _tensordot(a, b, dims=2, out=None):
     return _contracted(f"{labels_a},{labels_b.replace(other, both)}->{rest}", (a, b))
 
 
-@rule(torch.inner, torch.Tensor.inner)
+@rule(torch.inner, torch.Tensor.inner, of=EITHER)
 def _inner(input, other):
     return _tensordot(input, other, dims=((-1,), (-1,)))
 
@@ -200,7 +200,7 @@ _LABELS = string.ascii_letters
 class _Contraction:
     """An einsum of a perturbed matrix, or a stack of them, over one of its axes, as a product."""
 
-    def __init__(self, x: Tensor, weight: PerturbedWeight, x_labels: str, w_labels: str, out_labels: str):
+    def __init__(self, x: Tensor, weight: LowRankWeight, x_labels: str, w_labels: str, out_labels: str):
         self.x, self.weight = x, weight
         self.x_labels, self.w_labels, self.out_labels = x_labels, w_labels, out_labels
 
@@ -214,7 +214,7 @@ class _Contraction:
         left, comma, right = inputs.partition(",")
         if not comma:
             return None
-        first_is_weight = isinstance(operands[0], PerturbedWeight)
+        first_is_weight = isinstance(operands[0], LowRankWeight)
         x, weight = reversed(operands) if first_is_weight else operands
         x_labels, w_labels = (right, left) if first_is_weight else (left, right)
         free = [label for label in _LABELS if label not in equation]

@@ -28,8 +28,19 @@ def _transposed(weight: PerturbedWeight) -> PerturbedWeight:
     return PerturbedWeight.make(plain(weight).mT, noise.having(noise.B, noise.A))
 
 
-def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
+def part(weight: LowRankWeight, axis: int, where: slice) -> LowRankWeight:
     """A slice of rows, of columns, or of the stack."""
+    if not isinstance(weight, ScaledWeight):
+        return _part(weight, axis, where)
+    rows, columns = weight.rows, weight.columns
+    if axis % 2 == 0 and rows is not None and rows.ndim:
+        rows = rows[where]
+    if axis % 2 == 1 and columns is not None and columns.ndim:
+        columns = columns[where]
+    return ScaledWeight.make(_part(weight.weight, axis, where), rows, columns)
+
+
+def _part(weight: LowRankWeight, axis: int, where: slice) -> PerturbedWeight:
     axis %= weight.ndim
     noise = weight.noise
     # The factors have one more axis in front, that of the draws; rows are those of A, columns those of B.
@@ -131,7 +142,7 @@ def _index_select(input, dim, index):
     return rows(input, index) if dim % 2 == 0 else rows(transposed(input), index).mT
 
 
-@rule(torch.narrow, torch.Tensor.narrow)
+@rule(torch.narrow, torch.Tensor.narrow, of=EITHER)
 def _narrow(input, dim, start, length):
     if input.noise.kernel is not None or isinstance(start, Tensor):
         return NotImplemented
@@ -156,7 +167,7 @@ def _unbind(input, dim=0):
     return NotImplemented if any(layer is NotImplemented for layer in layers) else layers
 
 
-@rule(torch.split, torch.Tensor.split)
+@rule(torch.split, torch.Tensor.split, of=EITHER)
 def _split(input, split_size_or_sections, dim=0):
     if input.noise.kernel is not None:
         return NotImplemented
@@ -172,7 +183,7 @@ def _split(input, split_size_or_sections, dim=0):
     return tuple(part(input, dim, slice(a, b)) for a, b in pairwise(bounds))
 
 
-@rule(torch.chunk, torch.Tensor.chunk)
+@rule(torch.chunk, torch.Tensor.chunk, of=EITHER)
 def _chunk(input, chunks, dim=0):
     return _split(input, -(-input.shape[dim] // chunks), dim)
 
