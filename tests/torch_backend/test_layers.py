@@ -127,12 +127,6 @@ class Case:
     materialises: bool = False
 
 
-def normed(
-    norm: Callable[..., nn.Module], kind: type[nn.Module], spatial: tuple[int, ...], **options: object
-) -> Case:
-    return Case(lambda: norm(kind(8, 16, 3, **options)), features(ROWS, 8, *spatial), guarded=False)  # type: ignore
-
-
 def conv(kind: type[nn.Module], spatial: tuple[int, ...], channels: int = 8, **options: object) -> Case:
     return Case(lambda: kind(channels, 16, **options), features(ROWS, channels, *spatial), guarded=False)  # type: ignore
 
@@ -317,12 +311,27 @@ CASES = {
     "batch norm in train mode": Case(
         lambda: nn.Sequential(nn.Linear(WIDTH, 40), nn.BatchNorm1d(40)), features(16, WIDTH)
     ),
-    "weight norm": Case(lambda: parametrizations.weight_norm(nn.Linear(WIDTH, 40)), rows),
-    "weight norm of all": Case(lambda: parametrizations.weight_norm(nn.Linear(WIDTH, 40, bias=False), dim=-1), rows),
-    "weight norm, conv2d": normed(parametrizations.weight_norm, nn.Conv2d, (6, 5), groups=2),
-    "weight norm, conv_transpose1d": normed(parametrizations.weight_norm, nn.ConvTranspose1d, (6,)),
+    "weight norm": Case(
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(WIDTH, 40)),
+            parametrizations.weight_norm(nn.Linear(40, WIDTH, bias=False), dim=-1),
+        ),
+        rows,
+    ),
+    "weight norm, convolutions": Case(
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Conv2d(8, 16, 3, groups=2)),
+            parametrizations.weight_norm(nn.ConvTranspose2d(16, 8, 3)),
+        ),
+        features(ROWS, 8, 6, 5),
+        guarded=False,
+    ),
     "spectral norm": Case(lambda: parametrizations.spectral_norm(nn.Linear(WIDTH, 40)), rows),
-    "spectral norm, conv2d": normed(parametrizations.spectral_norm, nn.Conv2d, (6, 5), bias=False),
+    "spectral norm, conv2d": Case(
+        lambda: parametrizations.spectral_norm(nn.Conv2d(8, 16, 3, bias=False)),
+        features(ROWS, 8, 6, 5),
+        guarded=False,
+    ),
     "cosine similarity": Case(
         lambda: Call(
             lambda m, x: (
@@ -334,15 +343,18 @@ CASES = {
         ),
         rows,
     ),
-    "norms of narrow rows": Case(
-        lambda: Call(lambda m, x: x[:, :3] @ (m.w / m.w.norm(dim=1, keepdim=True)).T, w=(40, 3)), rows, guarded=False
-    ),
     "divided by norms": Case(
         lambda: Call(
-            lambda m, x: F.linear(x, m.w / m.w.norm()) + m.w.div(torch.linalg.vector_norm(m.w, dim=0)) @ x[0],
+            lambda m, x: (
+                F.linear(x, m.w / m.w.norm())
+                + x[:, :3] @ (m.n / m.n.norm(dim=1, keepdim=True)).T
+                + m.w.div(torch.linalg.vector_norm(m.w, dim=0)) @ x[0]
+            ),
             w=(40, WIDTH),
+            n=(40, 3),  # so narrow that it is formed
         ),
         rows,
+        guarded=False,
     ),
     "scaled by vectors": Case(
         lambda: Call(
@@ -384,16 +396,15 @@ CASES = {
     "joined": Case(
         lambda: Call(
             lambda m, x: torch.cat(
-                [F.linear(x, torch.cat([m.v, m.w])), x @ torch.concat((m.w.T, m.v[:3].T), dim=-1)], -1
+                [
+                    F.linear(x, torch.cat([m.v, m.w])),
+                    x @ torch.concat((m.w.T, m.v[:3].T), dim=-1),
+                    torch.einsum("bi,koi->bko", x, torch.stack([m.v, m.w])).flatten(1),
+                ],
+                -1,
             ),
             v=(40, WIDTH),
             w=(40, WIDTH),
-        ),
-        rows,
-    ),
-    "stacked": Case(
-        lambda: Call(
-            lambda m, x: torch.einsum("bi,koi->kbo", x, torch.stack([m.v, m.w])), v=(40, WIDTH), w=(40, WIDTH)
         ),
         rows,
     ),

@@ -16,9 +16,10 @@ from .views import transposed, unsqueezed
 
 @rule(torch.cat, torch.concat, torch.concatenate)
 def _cat(tensors, dim=0):
-    first, axis = tensors[0], dim % tensors[0].ndim
+    first = tensors[0]
     if not all(_go_together(first, other) for other in tensors):
         return NotImplemented
+    axis = dim % first.ndim
     if axis == first.ndim - 1:
         joined = _cat([transposed(weight) for weight in tensors], axis - 1)
         return joined if joined is NotImplemented else transposed(joined)
