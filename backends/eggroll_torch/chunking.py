@@ -41,14 +41,14 @@ class Chunking:
         """Whether the next forward pass of enough members is measured."""
         return self.requested == "auto" and self._measured is None
 
-    def forward(self, members: int, multiple: int, device: torch.device, run: Callable[[int], object]) -> int:
+    def forward(self, members: int, multiple: int, device: torch.device, run: Callable[[int], int]) -> int:
         """Members at a time in a forward pass.
 
         Args:
             members: of the population.
             multiple: members that share a draw.
             device: whose memory counts.
-            run: runs the first members, given how many.
+            run: runs the first members, given how many, and returns the bytes of their outputs.
         """
         if self.requested != "auto":
             return min(members, -(-(self.requested or members) // multiple) * multiple)
@@ -66,15 +66,16 @@ class Chunking:
         return min(decided or members, members, max(1, _NOISE // numbers_in_a_draw) * multiple)
 
     @staticmethod
-    def _measure(members: int, multiple: int, device: torch.device, run: Callable[[int], object]) -> int:
+    def _measure(members: int, multiple: int, device: torch.device, run: Callable[[int], int]) -> int:
         few, more = multiple, min(4 * multiple, members)
         peaks = []
         for count in (few, more):
             with PeakMemory() as memory:
-                run(count)
+                outputs = run(count)
             peaks.append(memory.peak)
         for_a_member = max(1.0, (peaks[1] - peaks[0]) / (more - few))
-        available = _SHARE * free_memory(device) - peaks[0]
+        of_all_outputs = outputs * members / more  # which are collected
+        available = _SHARE * (free_memory(device) - of_all_outputs) - peaks[0]
         if device.type == "cpu":
             available = min(available, _CPU_BYTES)
         return max(multiple, int(available / for_a_member) // multiple * multiple)

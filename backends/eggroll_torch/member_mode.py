@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import vmap as functorch_vmap
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .autocast import autocasts
 from .derivatives import differentiates
-from .perturbed import accepts, unwrapped
+from .perturbed import accepts, formed, unwrapped
 from .vectorising import called
 
 __all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform", "vectorised_inside"]
@@ -52,11 +53,11 @@ class MemberMode(TorchFunctionMode):
     def __enter__(self) -> "MemberMode":
         self._token = _current.set(self)
         self.level = _level()
-        _FORWARD_PASSES.begin()
+        _UNSEEN.begin()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _FORWARD_PASSES.end()
+        _UNSEEN.end()
         _current.reset(self._token)
         super().__exit__(*error)
 
@@ -122,11 +123,12 @@ def _level() -> int | None:
     return torch._C._functorch.maybe_current_level()
 
 
-class _ForwardPasses:
-    """Answers `Function.apply`, which no mode sees, while a member runs: without a rule for it, `vmap` refuses it.
+class _Unseen:
+    """Answers, while a member runs, what no mode sees.
 
-    For the thread that runs the member alone: others get what PyTorch does, and so does a model that takes
-    derivatives. An `apply` that was taken from its class before is not seen here.
+    That is `Function.apply`, which `vmap` refuses without a rule for it, for the thread that runs the member alone:
+    others get what PyTorch does, and so does a model that takes derivatives. An `apply` that was taken from its class
+    before is not seen here. And a weight that the model itself runs a `vmap` over, which takes it without asking it.
     """
 
     def __init__(self) -> None:
@@ -134,6 +136,7 @@ class _ForwardPasses:
         self._running = 0
         self._original: Any = None
         self._answer = classmethod(self._apply)
+        self._add_batch_dim: Any = None
 
     def begin(self) -> None:
         with self._lock:
@@ -141,12 +144,20 @@ class _ForwardPasses:
             if self._running == 1:
                 self._original = vars(Function)["apply"]  # which may be another library's
                 Function.apply = self._answer  # type: ignore[method-assign,assignment]
+                self._add_batch_dim = functorch_vmap._add_batch_dim
+                functorch_vmap._add_batch_dim = self._vectorised_over  # type: ignore[assignment]
 
     def end(self) -> None:
         with self._lock:
             self._running -= 1
-            if not self._running and vars(Function)["apply"] is self._answer:
+            if self._running:
+                return
+            if vars(Function)["apply"] is self._answer:
                 Function.apply = self._original  # type: ignore[method-assign]
+            functorch_vmap._add_batch_dim = self._add_batch_dim
+
+    def _vectorised_over(self, tensor: Tensor, dim: int, level: int) -> Tensor:
+        return self._add_batch_dim(formed(tensor, "torch.vmap"), dim, level)
 
     def _apply(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         has_rule = function.generate_vmap_rule or function.vmap is not Function.vmap
@@ -159,7 +170,7 @@ class _ForwardPasses:
         return function.forward(context, *args, **kwargs)
 
 
-_FORWARD_PASSES = _ForwardPasses()
+_UNSEEN = _Unseen()
 
 
 def replaced(input: Tensor, result: Tensor, inplace: bool) -> Tensor:
@@ -272,7 +283,19 @@ def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-FUNCTIONS |= {function: _norm(function) for function in (F.layer_norm, F.group_norm, F.rms_norm)}
+def _group_norm(input, *args, **kwargs):
+    # In another layout `torch.vmap` asks for one that it does not know.
+    return F.group_norm(input.contiguous(), *args, **kwargs)
+
+
+FUNCTIONS |= {F.layer_norm: _norm(F.layer_norm), F.group_norm: _norm(_group_norm), F.rms_norm: _norm(F.rms_norm)}
+
+
+@_answers(torch.Tensor.contiguous)
+def _contiguous(input, memory_format=torch.contiguous_format):
+    if memory_format != torch.contiguous_format and _level() is not None:
+        return input  # `torch.vmap` knows no other layout, and numbers do not depend on it
+    return input.contiguous(memory_format=memory_format)
 
 
 @_answers(F.adaptive_avg_pool2d)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from eggroll import EggrollConfig, perturbation, prng
 
@@ -141,9 +142,19 @@ def model_keys(model: nn.Module, base_key: Tensor) -> dict[str, Tensor]:
 
 
 def _convolution_kernels(model: nn.Module) -> set[int]:
+    found = (_kernels(module) for module in model.modules() if isinstance(module, _CONVOLUTIONS))
+    return {id(kernel) for kernels in found for kernel in kernels}
+
+
+def _kernels(convolution: nn.modules.conv._ConvNd) -> list[Tensor | None]:
+    """The kernel, or what a parametrization, such as weight normalisation, computes it from."""
     # Not `module.weight`: a parametrization may compute it, and change its buffers.
-    found = (module._parameters.get("weight") for module in model.modules() if isinstance(module, _CONVOLUTIONS))
-    return {id(weight) for weight in found}
+    if not parametrize.is_parametrized(convolution, "weight"):
+        return [convolution._parameters.get("weight")]
+    channels = convolution.in_channels * convolution.out_channels // convolution.groups
+    size = channels * math.prod(convolution.kernel_size)
+    originals = convolution.get_submodule("parametrizations.weight")._parameters.values()
+    return [parameter for parameter in originals if parameter is not None and parameter.numel() == size]
 
 
 def _layout(
@@ -175,7 +186,7 @@ def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:
 
     if isinstance(seed, Tensor) and seed.ndim == 0:
         seed = seed.item()  # type: ignore[assignment]
-    if isinstance(seed, int) or not hasattr(seed, "__len__"):
+    if isinstance(seed, int | str | bytes) or not hasattr(seed, "__len__"):
         return prng.key(seed, xp=xp, device="cpu")  # type: ignore[arg-type]
     return prng.key_from_words(seed, xp=xp, device="cpu")
 

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,15 @@ class Way:
             into its buffers.
         own_buffers: the names of those buffers.
         one_by_one: the model cannot be vectorised over members.
+        captured: the model has operators that have to be captured as a whole, such as `torch.cond`: members then run
+            with ordinary tensors for weights, whose use is not noted.
     """
 
     writes_to_inputs: bool | None = None
     fills_tensors: bool = False
     own_buffers: frozenset[str] = frozenset()
     one_by_one: bool = False
+    captured: bool = False
 
 
 @dataclass
@@ -119,6 +122,7 @@ class Policy:
             raise
         except Exception as error:
             problem = error
+        way.captured = isinstance(problem, torch._dynamo.exc.UncapturedHigherOrderOpError)
         if not way.fills_tensors:
             # Not every error means that vmap is at fault: if members fail alone too, theirs is the true one.
             way.own_buffers = written_to()
@@ -253,21 +257,23 @@ class Weight(torch.Tensor):
         return func(*args, **kwargs)
 
 
-class PerturbedWeight(Weight):
-    """``W + scales[member] * A[d] @ B[d].T``, where ``d`` is the member's draw.
+class LowRankWeight(Weight):
+    """A weight that stays in parts where there is a rule for what is done with it, and is formed where there is none.
 
     Attributes:
-        base: ``W``, shape ``(*stack, rows, columns)``.
-        noise: the rest.
+        noise: its low-rank noise.
     """
 
     noise: Noise
+    rules: ClassVar[dict[Any, Callable[..., Any]]]
 
-    @staticmethod
-    def make(base: Tensor, noise: Noise) -> "PerturbedWeight":
-        perturbed = PerturbedWeight.wrapping(base)
-        perturbed.noise = noise
-        return perturbed
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.rules = {}
+
+    def formed(self) -> Tensor:
+        """The member's weight, an ordinary tensor."""
+        raise NotImplementedError
 
     @property
     def is_matrix(self) -> bool:
@@ -276,7 +282,7 @@ class PerturbedWeight(Weight):
 
     @classmethod
     def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        rule = _RULES.get(func)
+        rule = cls.rules.get(func)
         if rule is not None:
             try:
                 result = rule(*args, **kwargs)
@@ -287,6 +293,54 @@ class PerturbedWeight(Weight):
             if result is not NotImplemented:
                 return result
         return _with_weights_formed(func, args, kwargs)
+
+
+class PerturbedWeight(LowRankWeight):
+    """``W + scales[member] * A[d] @ B[d].T``, where ``d`` is the member's draw.
+
+    Attributes:
+        base: ``W``, shape ``(*stack, rows, columns)``.
+        noise: the rest.
+    """
+
+    @staticmethod
+    def make(base: Tensor, noise: Noise) -> "PerturbedWeight":
+        perturbed = PerturbedWeight.wrapping(base)
+        perturbed.noise = noise
+        return perturbed
+
+    def formed(self) -> Tensor:
+        A, B = self.noise.of_member()
+        base = plain(self)
+        return base + (A @ B.mT).reshape(base.shape)
+
+
+class ScaledWeight(LowRankWeight):
+    """``diag(rows) @ W_i @ diag(columns)``: a perturbed weight times what may be the member's own.
+
+    Attributes:
+        weight: ``W_i``, a matrix or a convolution kernel, whose rows are along axis 0.
+        rows: shape ``(rows,)`` or ``()``, or None for ones.
+        columns: shape ``(columns,)`` or ``()``, or None for ones, as for every convolution kernel.
+    """
+
+    weight: PerturbedWeight
+    rows: Tensor | None
+    columns: Tensor | None
+
+    @staticmethod
+    def make(weight: PerturbedWeight, rows: Tensor | None, columns: Tensor | None) -> "ScaledWeight":
+        scaled = ScaledWeight.wrapping(plain(weight))
+        scaled.noise = weight.noise
+        scaled.weight, scaled.rows, scaled.columns = weight, rows, columns
+        return scaled
+
+    def formed(self) -> Tensor:
+        values = self.weight.formed()
+        rows = self.rows
+        if rows is not None and rows.ndim:
+            rows = rows.view(-1, *(1,) * (values.ndim - 1))
+        return times(times(values, rows), self.columns)
 
 
 @dataclass(frozen=True)
@@ -356,36 +410,36 @@ def unwrapped(value: Any) -> Any:
     """A tensor that may be a parameter, used as data: an ordinary tensor. Other values as they are."""
     if isinstance(value, DenseWeight):
         return value.values()
-    return materialise(value) if isinstance(value, PerturbedWeight) else value
+    return value.formed() if isinstance(value, LowRankWeight) else value
 
 
-def materialise(weight: PerturbedWeight) -> Tensor:
-    """The member's weight, formed."""
-    A, B = weight.noise.of_member()
-    base = plain(weight)
-    return base + (A @ B.mT).reshape(base.shape)
+def times(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``x * factor`` in the dtype of `x`; no factor is 1."""
+    return x if factor is None else x * factor.to(x.dtype)
 
 
-def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what a function does with perturbed weights among its arguments.
+def rule(
+    *functions: Any, of: tuple[type[LowRankWeight], ...] = (PerturbedWeight,)
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what a function does with weights of these kinds among its arguments.
 
     A rule returns NotImplemented for arguments that it does not cover; the weights are then materialised.
     """
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        for function in functions:
-            _RULES[function] = rule
+        for kind in of:
+            kind.rules |= dict.fromkeys(functions, rule)
         return rule
 
     return register
 
 
-_RULES: dict[Any, Callable[..., Any]] = {}
+EITHER = (PerturbedWeight, ScaledWeight)
 
 
 def formed(value: Any, operation: str) -> Any:
     """A tensor as an operation without a rule needs it: where it is a perturbed weight, materialised."""
-    if isinstance(value, PerturbedWeight):
+    if isinstance(value, LowRankWeight):
         value.noise.policy.fall_back(
             f"no low-rank rule for {operation} on parameter {value.noise.name!r}",
             "the weight is materialised for every member of a chunk (said once for this operation)",
@@ -396,12 +450,12 @@ def formed(value: Any, operation: str) -> Any:
 
 def _with_weights_formed(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     operation = _operation(func)
-    if args and isinstance(args[0], PerturbedWeight) and _IN_PLACE.fullmatch(operation):
+    if args and isinstance(args[0], LowRankWeight) and _IN_PLACE.fullmatch(operation):
         # One by one members have weights of their own, which they can change.
         raise RuntimeError(f"{operation} changes parameter {args[0].noise.name!r} in place")
 
     def of_member(leaf: Any) -> Any:
-        return formed(leaf, operation) if isinstance(leaf, PerturbedWeight) else leaf
+        return formed(leaf, operation) if isinstance(leaf, LowRankWeight) else leaf
 
     args, kwargs = pytree.tree_map(of_member, (args, kwargs))
     return func(*args, **kwargs)

@@ -120,6 +120,12 @@ class Population:
     def __repr__(self) -> str:
         return f"Population(members={self._members.start}..{self._members.stop - 1})"
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a population is neither pickled nor copied: send `population.state_dict(i)` to another process, or the "
+            "trainer, whose ask() gives the same population there"
+        )
+
     @property
     def weights(self) -> MemberWeights:
         """The members' weights, while the generation is open."""
@@ -183,7 +189,12 @@ class Population:
 
         Args:
             dtype: of the trained parameters, by default their own. float32 keeps what a narrow dtype rounds away.
+
+        Raises:
+            TypeError: `dtype` is not a floating-point dtype.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"`dtype` must be a floating-point dtype of PyTorch or None, got {dtype!r}")
         check_is_itself(self._model, "population.state_dict()")
         state = self._model.state_dict()
         member = self.weights.materialise(self._member(index), dtype)
@@ -255,8 +266,9 @@ class Population:
     def _size(self, call: "_Call") -> int:
         weights = self.weights
 
-        def run(count: int) -> object:
-            return self._run_chunk(call, self._members[:count], Compiler(False))
+        def run(count: int) -> int:
+            outputs = self._run_chunk(call, self._members[:count], Compiler(False))
+            return sum(tensor.nbytes for tensor in outputs.tensors)
 
         if self._chunking.measures_next:  # what is drawn once for all members is no member's
             weights.prepare_shared()
@@ -346,7 +358,11 @@ class Population:
         def run_alone(place: int, given: list[Tensor], copies: dict[str, Tensor]) -> list[Tensor]:
             with self._seeded(members[place]):
                 alone = [tensor.clone() for tensor in call.of_member(given, place)]
-                bound = weights.bind(index[place], weights.materialise(members[place]), {})
+                bound = weights.materialise(members[place])
+                if way.captured:
+                    weights.policy.used.update(bound)  # as far as can be known
+                else:
+                    bound = weights.bind(index[place], bound, {})
                 return run_member(index[place], key, bound | copies, alone)
 
         def written_to() -> frozenset[str]:
@@ -436,14 +452,14 @@ class _Outputs:
 
     def take_apart(self, result: Any) -> list[Tensor]:
         """The tensors of what one member, or all of them under `vmap`, returned."""
-        self._accept(Parts(result))
-        assert self.parts is not None
-        return [formed(tensor, "the model's output") for tensor in self.parts.tensors]
+        parts = Parts(result)
+        self._accept(parts.without_tensors())
+        return [formed(tensor, "the model's output") for tensor in parts.tensors]
 
     def parts_alone(self) -> Parts:
         """The rest."""
         assert self.parts is not None
-        return self.parts.without_tensors()
+        return self.parts
 
     def append(self, other: "_Outputs") -> None:
         """Checks that those of another chunk go with these."""
@@ -475,6 +491,7 @@ class _Collected:
         for whole, part in zip(self._tensors, outputs.tensors, strict=True):
             _check_shapes({tuple(whole.shape[1:]), tuple(part.shape[1:])})
             whole[start : start + len(part)] = part
+        outputs.tensors = []  # the next chunk runs before the caller lets go of this one
 
     def tree(self) -> Any:
         return self._first.tree(self._tensors)

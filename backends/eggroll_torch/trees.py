@@ -120,4 +120,4 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 
 
 def _described(parts: Parts) -> str:
-    return f"{len(parts.tensors)} tensors among {len(parts._leaves)} values"
+    return f"{len(parts._places)} tensors among {len(parts._leaves)} values"

@@ -1,6 +1,7 @@
 """Bad input gets an error that names argument, rule and value, changes nothing, and spoils nothing."""
 
 import functools
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,8 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": -1}, ValueError, "`seed` must be a non-negative int, got -1"),
     ({"seed": 2**64}, ValueError, "`seed` must be below 2**64"),
     ({"seed": 1.5}, TypeError, "`seed` must be a non-negative int, got 1.5"),
+    ({"seed": "17"}, TypeError, "`seed` must be a non-negative int, got '17'"),
+    ({"seed": b"17"}, TypeError, "`seed` must be a non-negative int, got b'17'"),
     ({"seed": (1, 2, 3)}, ValueError, "`seed` must be an int or a key of two words, got 3 words"),
     ({"seed": (1, 2**32)}, ValueError, "`seed` as a key must have words below 2**32"),
     ({"noise": "dense"}, TypeError, "`noise` must be a mapping from name patterns, got 'dense'"),
@@ -461,6 +464,13 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda t: t.add_param_group(t.model[0].weight), TypeError, "with the key 'params', got Parameter"),
     (lambda t: t.ask().state_dict(8), IndexError, "`index` must be in [-8, 8), got 8"),
     (lambda t: t.ask().state_dict(1.0), TypeError, "`index` must be an int, got 1.0"),
+    (lambda t: t.ask().state_dict(0, torch.int8), TypeError, "`dtype` must be a floating-point dtype of PyTorch"),
+    (lambda t: t.ask().state_dict(0, dtype="float32"), TypeError, "or None, got 'float32'"),
+    (
+        lambda t: pickle.dumps(t.ask()),
+        TypeError,
+        "send `population.state_dict(i)` to another process, or the trainer",
+    ),
     (lambda t: t.load_state_dict({}), ValueError, "`state_dict` must have the keys"),
     (lambda t: t.load_state_dict(make_trainer(rank=2).state_dict()), ValueError, "rank is 2 there and 1 here"),
     (

@@ -64,6 +64,17 @@ def test_auto_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes[-1] == 256
 
 
+def test_auto_leaves_room_for_the_outputs_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, free = 4 * 256 * 64 * 128, 10 << 20  # of 256 members, 8 MiB
+    monkeypatch.setattr(chunking, "free_memory", lambda device: free)
+    population = make_trainer(mlp(32, 128), population_size=256, chunk_size="auto").ask()
+    x = torch.randn(64, 32)
+    population.chunk_size(x)
+    with PeakMemory() as memory:
+        assert population(x).nbytes == outputs
+    assert memory.peak <= free
+
+
 def population_call(population: Any, x: torch.Tensor) -> Any:
     from eggroll_torch.population import _Call
 

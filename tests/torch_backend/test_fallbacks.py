@@ -48,12 +48,15 @@ def alone(population: Population, index: int, x: Tensor) -> Any:
 NO_RULE: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "sum": (lambda m, x: F.linear(x, m.weight, m.bias) + m.weight.sum(), "sum"),
     "exp": (lambda m, x: F.linear(x, torch.exp(m.weight), m.bias), "exp"),
-    "cat": (lambda m, x: F.linear(x, torch.cat([m.weight, m.weight]), m.bias.repeat(2)), "cat"),
+    "cat": (lambda m, x: F.linear(x, torch.cat([m.weight, x]), m.bias.sum()), "cat"),
     "product of weights": (lambda m, x: x @ (m.weight.T @ m.weight) + m.bias.sum(), "matmul"),
-    "times a tensor": (lambda m, x: F.linear(x, m.weight * m.bias[:, None]), "mul"),
+    "times a tensor": (lambda m, x: F.linear(x, m.weight * m.weight, m.bias), "mul"),
+    "scaled": (lambda m, x: F.linear(x, (-m.weight * m.bias[:, None] / x[0]).exp()), "exp"),
+    "another norm": (lambda m, x: F.linear(x, F.normalize(m.weight, p=1), m.bias), "normalize"),
     "column": (lambda m, x: x[:, :4] + m.weight[:, 1] + m.bias, "__getitem__"),
     "mask": (lambda m, x: F.linear(x, m.weight[torch.tensor([True, False, True, True])]) + m.bias[0], "__getitem__"),
     "real part": (lambda m, x: x @ m.weight.real.T + m.bias, "the attribute 'real'"),
+    "vmap": (lambda m, x: x[:, :4] + torch.vmap(lambda row, b: row.sum() * b)(m.weight, m.bias), "torch.vmap"),
     "output": (lambda m, x: (m.weight, m.bias), "the model's output"),
 }
 
@@ -138,6 +141,9 @@ DATA_DEPENDENT: dict[str, Callable[[Model, Tensor], Any]] = {
     "tolist": lambda m, x: torch.tensor(F.linear(x, m.weight, m.bias).tolist()),
     "boolean index, same count": lambda m, x: (lambda y: y[y == y.max()])(F.linear(x, m.weight, m.bias)),
     "in place": lambda m, x: F.linear(x, m.weight.data.mul_(2), m.bias),
+    "captured as a whole": lambda m, x: torch.cond(
+        x.sum() > 0, lambda x: F.linear(x, -m.weight), lambda x: x[:, :4] + m.bias, (x,)
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_backend.support import run_one_by_one
@@ -68,6 +69,17 @@ class Tied(nn.Module):
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         return self.head(torch.tanh(self.embedding(index)))
+
+
+class Pointwise(nn.Module):
+    """A convolution of length 1 that is also used as a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.conv(x.unsqueeze(-1)).squeeze(-1), self.conv.weight.squeeze(-1))
 
 
 class Experts(nn.Module):
@@ -252,6 +264,14 @@ CASES = {
         lambda: Call(lambda m, x: F.adaptive_avg_pool2d(F.linear(x, m.w).permute(0, 3, 1, 2), 1), w=(40, WIDTH)),
         features(ROWS, 3, 2, WIDTH),
     ),
+    "channels last": Case(
+        lambda: Call2(
+            nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(2, 16)).to(memory_format=torch.channels_last),
+            lambda x: (x.contiguous(memory_format=torch.channels_last),),
+        ),
+        features(ROWS, 8, 6, 5),
+        guarded=False,
+    ),
     "conv_transpose1d": conv(nn.ConvTranspose1d, (5,), kernel_size=3, stride=2, output_padding=1),
     "conv_transpose2d": conv(nn.ConvTranspose2d, (4, 3), kernel_size=3, stride=2, padding=1, groups=2),
     "conv_transpose3d": conv(nn.ConvTranspose3d, (2, 3, 2), kernel_size=2, dilation=2),
@@ -291,8 +311,132 @@ CASES = {
     "batch norm in train mode": Case(
         lambda: nn.Sequential(nn.Linear(WIDTH, 40), nn.BatchNorm1d(40)), features(16, WIDTH)
     ),
-    "spectral use, no rule": Case(
-        lambda: Call(lambda m, x: F.linear(x, m.w / m.w.norm()), w=(40, WIDTH)), rows, False, materialises=True
+    "weight norm": Case(
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(WIDTH, 40)),
+            parametrizations.weight_norm(nn.Linear(40, WIDTH, bias=False), dim=-1),
+        ),
+        rows,
+    ),
+    "weight norm, convolutions": Case(
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Conv2d(8, 16, 3, groups=2)),
+            parametrizations.weight_norm(nn.ConvTranspose2d(16, 8, 3)),
+        ),
+        features(ROWS, 8, 6, 5),
+        guarded=False,
+    ),
+    "spectral norm": Case(lambda: parametrizations.spectral_norm(nn.Linear(WIDTH, 40)), rows),
+    "spectral norm, conv2d": Case(
+        lambda: parametrizations.spectral_norm(nn.Conv2d(8, 16, 3, bias=False)),
+        features(ROWS, 8, 6, 5),
+        guarded=False,
+    ),
+    "cosine similarity": Case(
+        lambda: Call(
+            lambda m, x: (
+                F.linear(F.normalize(x, dim=-1), F.normalize(m.w))
+                + x @ F.normalize(m.w.T, dim=0)
+                + torch.einsum("bd,cd->bc", x, F.normalize(m.w))
+            ),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "divided by norms": Case(
+        lambda: Call(
+            lambda m, x: (
+                F.linear(x, m.w / m.w.norm())
+                + x[:, :3] @ (m.n / m.n.norm(dim=1, keepdim=True)).T
+                + m.w.div(torch.linalg.vector_norm(m.w, dim=0)) @ x[0]
+            ),
+            w=(40, WIDTH),
+            n=(40, 3),  # so narrow that it is formed
+        ),
+        rows,
+        guarded=False,
+    ),
+    "scaled by vectors": Case(
+        lambda: Call(
+            lambda m, x: F.linear(x, -m.w * m.r[:, None] / m.c[None].exp() * m.s, m.r) + (2 * m.w * m.r).T.mv(m.q),
+            w=(WIDTH, WIDTH),
+            r=(WIDTH,),
+            c=(WIDTH,),
+            s=(1,),
+            q=(WIDTH,),
+        ),
+        rows,
+    ),
+    "parts of a scaled weight": Case(
+        lambda: Call(
+            lambda m, x: (
+                sum(F.linear(x, part) for part in (m.w * m.r[:, None]).chunk(2))
+                + F.linear(x[:, :9], (m.w * m.c).narrow(1, 3, 9).split([4, 16])[1]).sum(-1, keepdim=True)
+            ),
+            w=(20, WIDTH),
+            r=(20,),
+            c=(WIDTH,),
+        ),
+        rows,
+    ),
+    "scaled lookup": Case(
+        lambda: Call(lambda m, i: F.embedding(i, F.normalize(m.w) * m.c), w=(50, WIDTH), c=(WIDTH,)), indices(2)
+    ),
+    "unsqueezed and expanded": Case(
+        lambda: Call(
+            lambda m, x: (
+                x.expand(3, -1, -1) @ m.w.T.unsqueeze(0)
+                + torch.bmm(x.expand(3, -1, -1), m.w.expand(3, -1, -1).mT)
+                + F.linear(x, m.w.unsqueeze(-3).squeeze(0))
+            ),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "joined": Case(
+        lambda: Call(
+            lambda m, x: torch.cat(
+                [
+                    F.linear(x, torch.cat([m.v, m.w])),
+                    x @ torch.concat((m.w.T, m.v[:3].T), dim=-1),
+                    torch.einsum("bi,koi->bko", x, torch.stack([m.v, m.w])).flatten(1),
+                ],
+                -1,
+            ),
+            v=(40, WIDTH),
+            w=(40, WIDTH),
+        ),
+        rows,
+    ),
+    "heads joined": Case(
+        lambda: Call(lambda m, x: torch.einsum("bhd,hdo->bo", x.view(ROWS, 3, 8), m.w), w=(3, 8, 40)), rows
+    ),
+    "a kernel as a matrix": Case(Pointwise, rows, guarded=False),
+    "a matrix as a kernel": Case(
+        lambda: Call(
+            lambda m, x: (
+                F.conv1d(x.view(1, 4, 12), m.w.view(12, 4, 6))
+                + F.conv1d(x.view(1, WIDTH, 2), m.w.unsqueeze(-1))[..., :1]
+            ),
+            w=(12, WIDTH),
+        ),
+        features(ROWS, WIDTH),
+        guarded=False,
+    ),
+    "learned positions": Case(
+        lambda: Call(lambda m, x: m.p[None, :3] + (x - m.t) + m.p[:3], p=(9, WIDTH), t=(1, WIDTH)),
+        features(ROWS, 3, WIDTH),
+    ),
+    "addmv and multi_dot": Case(
+        lambda: Call(
+            lambda m, x: torch.addmv(m.b, m.w, x[0], beta=2) + torch.linalg.multi_dot([m.w, x.T, x[:, 0]]),
+            w=(40, WIDTH),
+            b=(40,),
+        ),
+        rows,
+    ),
+    "elementwise use, no rule": Case(
+        lambda: Call(lambda m, x: F.linear(x, m.w.tanh()), w=(40, WIDTH)), rows, False, materialises=True
     ),
 }
 
@@ -412,7 +556,7 @@ def test_no_matrix_is_formed_for_all_members(name: str, per_member: bool) -> Non
     model, members = case.model(), 64
     smallest = min(p.numel() for p in model.parameters() if p.ndim > 1 and min(p.shape) > 1)
     x = case.x(members if per_member else None)
-    population = trainer_of(model, population_size=members, rank=1).ask()
+    population = trainer_of(model, population_size=members, rank=1, strict=True).ask()  # raises what is found
     population.weights.prepare(population.members)  # the noise of all parameters is one row for each draw
     with NoLargeTensor(members * smallest):
         population(x, per_member=per_member)

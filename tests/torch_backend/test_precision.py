@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 from torch_backend.support import assert_close, make_trainer, scores
 
@@ -55,6 +56,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: image(nn.InstanceNorm1d(2, affine=True), nn.Conv1d(2, 4, 2)),
     "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0),
     "gru": lambda: nn.GRU(8, 4, 2),
+    "lstm": lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU(8), nn.LSTM(8, 4)),
+    "frozen layers": lambda: nn.Sequential(
+        nn.Linear(8, 6), nn.Linear(6, 8).requires_grad_(False), nn.GRU(8, 4).requires_grad_(False)
+    ),
+    "frozen convolutions": lambda: image(
+        nn.Conv1d(2, 4, 2), *(kind(4, 4, 2).requires_grad_(False) for kind in (nn.Conv1d, nn.ConvTranspose1d))
+    ),
+    "normalised": lambda: parametrizations.weight_norm(nn.Linear(8, 4)),
+    "normalised convolution": lambda: image(parametrizations.weight_norm(nn.Conv1d(2, 4, 2))),
     "embedding": lambda: nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4)),
 }
 
@@ -82,11 +92,11 @@ def _nothing_is_materialised() -> Any:
         yield
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("enabled", "noise"), [(True, None), (True, {"*": "dense"}), (False, None)])
 @pytest.mark.parametrize("name", MODELS)
-def test_autocast(name: str, enabled: bool) -> None:
+def test_autocast(name: str, enabled: bool, noise: Any) -> None:
     model, x = model_and_input(name)
-    population = make_trainer(model, population_size=MEMBERS, rank=2, sigma=0.2).ask()
+    population = make_trainer(model, population_size=MEMBERS, rank=2, sigma=0.2, noise=noise).ask()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         assert_members_equal(population, x, 4e-2 if enabled else None)
 
@@ -132,7 +142,7 @@ def test_parameters_of_another_dtype(name: str, dtype: torch.dtype, chunk_size: 
     before = copy.deepcopy(model.state_dict())
     trainer.learning_rate = 1.0
     trainer.tell(scores(MEMBERS))
-    for parameter_name, parameter in model.named_parameters():
+    for parameter_name, parameter in trainer._trainable.items():
         assert parameter.dtype == parameter.grad.dtype == dtype
         assert not torch.equal(parameter, before[parameter_name])
 

@@ -1,5 +1,16 @@
 """What PyTorch's functions do with perturbed weights; importing this registers the rules."""
 
-from . import attention, convolution, lookup, products, randomness, recurrent, views
+from . import attention, autocasting, convolution, joining, lookup, products, randomness, recurrent, scaling, views
 
-__all__ = ["attention", "convolution", "lookup", "products", "randomness", "recurrent", "views"]
+__all__ = [
+    "attention",
+    "autocasting",
+    "convolution",
+    "joining",
+    "lookup",
+    "products",
+    "randomness",
+    "recurrent",
+    "scaling",
+    "views",
+]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..member_mode import FUNCTIONS, attention, dropout
 from ..perturbed import PerturbedWeight, rule
+from .autocasting import linear
 
 
 @rule(F.multi_head_attention_forward)
@@ -53,7 +54,7 @@ def _multi_head_attention(
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
     weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     if bias_k is not None:
         k = torch.cat([k, bias_k.expand(1, batch, -1)])
         v = torch.cat([v, bias_v.expand(1, batch, -1)])
@@ -76,7 +77,7 @@ def _multi_head_attention(
     else:
         attended = attention(q, k, v, mask, rate)
     joined = attended.permute(2, 0, 1, 3).reshape(target_length, batch, embed_dim)
-    out = F.linear(joined, out_proj_weight, out_proj_bias)
+    out = linear(joined, out_proj_weight, out_proj_bias)
     if not need_weights:
         return (out if batched else out.squeeze(1)), None
     shares = shares.mean(dim=1) if average_attn_weights else shares

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import autocast_operands
-from ..perturbed import PerturbedWeight, plain, rule
+from ..perturbed import EITHER, PerturbedWeight, ScaledWeight, plain, rule, times, unwrapped
 
-_CONVOLUTIONS: dict[Any, int] = {
+CONVOLUTIONS: dict[Any, int] = {
     F.conv1d: 1,
     F.conv2d: 2,
     F.conv3d: 3,
@@ -23,7 +23,7 @@ _CONVOLUTIONS: dict[Any, int] = {
     torch.conv2d: 2,
     torch.conv3d: 3,
 }
-_TRANSPOSED: dict[Any, int] = {
+TRANSPOSED: dict[Any, int] = {
     F.conv_transpose1d: 1,
     F.conv_transpose2d: 2,
     F.conv_transpose3d: 3,
@@ -59,6 +59,14 @@ def _applied(
     groups: int,
     transposed: bool,
 ) -> Any:
+    if isinstance(weight, ScaledWeight):
+        factor = weight.rows
+        if factor is not None and factor.ndim:
+            factor = factor.view(-1, *(1,) * spatial)
+        if transposed:
+            return function(times(input, factor), weight.weight, bias, *how)
+        out = times(function(input, weight.weight, None, *how), factor)
+        return out if bias is None else out + unwrapped(bias).to(out.dtype).view(-1, *(1,) * spatial)
     if not _covers(input, weight, bias, spatial):
         return NotImplemented
     x = input if input.ndim == spatial + 2 else input.unsqueeze(0)
@@ -77,10 +85,10 @@ def _applied(
     return out if input.ndim == spatial + 2 else out.squeeze(0)
 
 
-for _function, _spatial in _CONVOLUTIONS.items():
-    rule(_function)(_convolution(_function, _spatial))
-for _transposed, _spatial in _TRANSPOSED.items():
-    rule(_transposed)(_transposed_convolution(_transposed, _spatial))
+for _function, _spatial in CONVOLUTIONS.items():
+    rule(_function, of=EITHER)(_convolution(_function, _spatial))
+for _transposed, _spatial in TRANSPOSED.items():
+    rule(_transposed, of=EITHER)(_transposed_convolution(_transposed, _spatial))
 
 
 def _covers(input: Tensor, weight: Any, bias: Any, spatial: int) -> bool:

@@ -1,4 +1,6 @@
-"""Rows of a perturbed matrix: ``W[index] + scale * A[index] @ B.T``."""
+"""Weights that are data: rows, ``W[index] + scale * A[index] @ B.T``, or what is added to activations."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,22 +8,54 @@ from torch import Tensor
 
 from .. import ops
 from ..member_mode import FUNCTIONS
-from ..perturbed import PerturbedWeight, UnsupportedOperationError, plain, rule
+from ..perturbed import (
+    EITHER,
+    LowRankWeight,
+    PerturbedWeight,
+    ScaledWeight,
+    UnsupportedOperationError,
+    plain,
+    rule,
+    times,
+    unwrapped,
+)
 from ..vectorising import called
 
 __all__ = ["rows"]
 
 
-def rows(weight: PerturbedWeight, index: Tensor) -> Tensor:
+def rows(weight: LowRankWeight, index: Tensor) -> Tensor:
     """``W_i[index]``: `index` of shape ``(...)``, `weight` ``(n, dim)``, result ``(..., dim)``."""
+    if isinstance(weight, ScaledWeight):
+        factor = weight.rows
+        if factor is not None and factor.ndim:
+            factor = factor[index].unsqueeze(-1)
+        return times(times(rows(weight.weight, index), factor), weight.columns)
     noise = weight.noise
     return called(ops.perturbed_embedding, index, plain(weight), noise.A, noise.B, *noise.operands())
 
 
-@rule(F.embedding)
+@rule(F.embedding, of=EITHER)
 def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     _refuse_max_norm(weight, max_norm)
     return rows(weight, input) if weight.is_matrix else NotImplemented
+
+
+def _added(function: Any) -> Any:
+    def answer(input, other, **how):
+        x, weight = (input, other) if isinstance(other, LowRankWeight) else (other, input)
+        # A sum that is larger than the weight, such as that of activations and learned positions, is none itself.
+        if not isinstance(x, Tensor) or isinstance(x, LowRankWeight):
+            return NotImplemented
+        is_data = x.numel() > weight.numel() or x.ndim > weight.ndim
+        return function(unwrapped(input), unwrapped(other), **how) if is_data else NotImplemented
+
+    return answer
+
+
+for _name in ("add", "sub", "__add__", "__radd__", "__sub__"):
+    for _function in (getattr(of, _name) for of in (torch, Tensor) if hasattr(of, _name)):
+        rule(_function, of=EITHER)(_added(_function))
 
 
 @rule(F.embedding_bag)
@@ -83,7 +117,7 @@ def _bag_of_another_weight(input, weight, offsets=None, max_norm=None, *args, **
 FUNCTIONS[F.embedding_bag] = _bag_of_another_weight
 
 
-def _refuse_max_norm(weight: PerturbedWeight, max_norm: float | None) -> None:
+def _refuse_max_norm(weight: LowRankWeight, max_norm: float | None) -> None:
     if max_norm is not None:
         raise UnsupportedOperationError(
             f"parameter {weight.noise.name!r}: an embedding with `max_norm` renormalises its weight in place, "

@@ -1,5 +1,6 @@
 """Products with a perturbed matrix, or with a stack of them: ``x @ W.T + scale * (x @ B) @ A.T``."""
 
+import functools
 import string
 from typing import Any
 
@@ -12,18 +13,34 @@ from ..autocast import autocast_operands, autocasts, without_autocast
 from ..derivatives import differentiates
 from ..member_mode import FUNCTIONS
 from ..noise import DrawnFactors, StoredFactors
-from ..perturbed import DenseNoise, DenseWeight, PerturbedWeight, formed, plain, rule, unwrapped
+from ..perturbed import (
+    EITHER,
+    DenseNoise,
+    DenseWeight,
+    LowRankWeight,
+    PerturbedWeight,
+    ScaledWeight,
+    formed,
+    plain,
+    rule,
+    times,
+    unwrapped,
+)
 from ..vectorising import called
-from .views import transposed
+from .views import layer, transposed
 
 __all__ = ["linear"]
 
 
-def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_i.T + bias``: `x` of shape ``(..., in)``, `weight` ``(out, in)``, `bias` ``(out,)``."""
+    x = unwrapped(x)
+    if isinstance(weight, ScaledWeight):
+        out = times(linear(times(x, weight.columns), weight.weight), weight.rows)
+        return out if bias is None else out + unwrapped(bias).to(out.dtype)
     noise = weight.noise
     if differentiates():
-        bias = None if bias is None else unwrapped(bias)
+        bias = unwrapped(bias)
         x, W, bias, A, B = autocast_operands(x, plain(weight), bias, *noise.of_member())
         return F.linear(x, W, bias) + (x @ B) @ A.mT
     if isinstance(noise.factors, DrawnFactors):
@@ -43,7 +60,7 @@ def linear(x: Tensor, weight: PerturbedWeight, bias: Tensor | None = None) -> Te
     return called(ops.perturbed_linear, x, W, bias, factors, bias_noise, rank, precision, rng, *noise.operands())
 
 
-def _noise_for_kernel(x: Tensor, weight: PerturbedWeight, bias: DenseWeight) -> DenseNoise | None:
+def _noise_for_kernel(x: Tensor, weight: LowRankWeight, bias: DenseWeight) -> DenseNoise | None:
     """The noise of a bias, where the kernel that multiplies with the weight can draw it."""
     noise, factors = bias.noise, weight.noise.factors
     together = (
@@ -57,7 +74,7 @@ def _noise_for_kernel(x: Tensor, weight: PerturbedWeight, bias: DenseWeight) -> 
     return noise if together else None
 
 
-def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
+def stacked_linear(x: Tensor, weight: LowRankWeight) -> Tensor:
     """``x[e] @ W_i[e].T`` for each matrix of a stack: `x` ``(stack, rows, in)``, `weight` ``(stack, out, in)``."""
     noise = weight.noise
     if differentiates():
@@ -67,28 +84,31 @@ def stacked_linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
     return called(ops.perturbed_stacked_linear, *operands, *noise.operands())
 
 
-@rule(F.linear)
+@rule(F.linear, of=EITHER)
 def _linear(input, weight, bias=None):
-    if not isinstance(weight, PerturbedWeight) or not weight.is_matrix or isinstance(bias, PerturbedWeight):
+    if not isinstance(weight, LowRankWeight) or not weight.is_matrix or isinstance(bias, PerturbedWeight):
         return NotImplemented
     return linear(formed(input, "linear"), weight, bias)  # a weight may be the input of another
 
 
+@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, of=EITHER)
+def _broadcast_matmul(input, other):
+    return _matmul(_single(input, other), _single(other, input))
+
+
 @rule(
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
     torch.mm,
     torch.Tensor.mm,
     torch.mv,
     torch.Tensor.mv,
     torch.bmm,
     torch.Tensor.bmm,
+    of=EITHER,
 )
 def _matmul(input, other):
-    if isinstance(input, PerturbedWeight) == isinstance(other, PerturbedWeight):
+    if isinstance(input, LowRankWeight) == isinstance(other, LowRankWeight):
         return NotImplemented
-    if isinstance(other, PerturbedWeight):
+    if isinstance(other, LowRankWeight):
         if other.is_matrix:
             return linear(input, transposed(other))
         return stacked_linear(input, transposed(other)) if _stacks_match(other, input) else NotImplemented
@@ -97,12 +117,21 @@ def _matmul(input, other):
     return stacked_linear(other.mT, input).mT if _stacks_match(input, other) else NotImplemented
 
 
-@rule(torch.Tensor.__rmatmul__)
+@rule(torch.Tensor.__rmatmul__, of=EITHER)
 def _rmatmul(right, left):
-    return _matmul(left, right)
+    return _broadcast_matmul(left, right)
 
 
-@rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
+@rule(torch.linalg.multi_dot, of=EITHER)
+def _multi_dot(tensors, *, out=None):
+    if out is not None:
+        return NotImplemented
+    if isinstance(tensors[0], LowRankWeight):  # from the other end, where there may be no weight
+        return functools.reduce(lambda right, left: left @ right, reversed(tensors))
+    return functools.reduce(torch.matmul, tensors)
+
+
+@rule(*(getattr(of, name) for of in (torch, Tensor) for name in ("addmm", "baddbmm", "addmv")))
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     if isinstance(input, PerturbedWeight) or out is not None:
         return NotImplemented
@@ -154,7 +183,7 @@ def _is_grouped_product(mat_a: Any, mat_b: Any, offs: Any, bias: Any, out_dtype:
     )
 
 
-@rule(torch.einsum)
+@rule(torch.einsum, of=EITHER)
 def _einsum(equation: Any, *operands: Any) -> Any:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
     if len(operands) != 2 or not isinstance(equation, str):
@@ -163,13 +192,13 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 def _contracted(equation: str, operands: Any) -> Any:
-    if isinstance(operands[0], PerturbedWeight) and isinstance(operands[1], PerturbedWeight):
+    if isinstance(operands[0], LowRankWeight) and isinstance(operands[1], LowRankWeight):
         return NotImplemented
     plan = _Contraction.parse(equation, operands)
     return NotImplemented if plan is None else plan.run()
 
 
-@rule(torch.tensordot)
+@rule(torch.tensordot, of=EITHER)
 def _tensordot(a, b, dims=2, out=None):
     if out is not None or isinstance(dims, Tensor):
         return NotImplemented
@@ -182,7 +211,7 @@ def _tensordot(a, b, dims=2, out=None):
     return _contracted(f"{labels_a},{labels_b.replace(other, both)}->{rest}", (a, b))
 
 
-@rule(torch.inner, torch.Tensor.inner)
+@rule(torch.inner, torch.Tensor.inner, of=EITHER)
 def _inner(input, other):
     return _tensordot(input, other, dims=((-1,), (-1,)))
 
@@ -205,7 +234,7 @@ _LABELS = string.ascii_letters
 class _Contraction:
     """An einsum of a perturbed matrix, or a stack of them, over one of its axes, as a product."""
 
-    def __init__(self, x: Tensor, weight: PerturbedWeight, x_labels: str, w_labels: str, out_labels: str):
+    def __init__(self, x: Tensor, weight: LowRankWeight, x_labels: str, w_labels: str, out_labels: str):
         self.x, self.weight = x, weight
         self.x_labels, self.w_labels, self.out_labels = x_labels, w_labels, out_labels
 
@@ -219,7 +248,7 @@ class _Contraction:
         left, comma, right = inputs.partition(",")
         if not comma:
             return None
-        first_is_weight = isinstance(operands[0], PerturbedWeight)
+        first_is_weight = isinstance(operands[0], LowRankWeight)
         x, weight = reversed(operands) if first_is_weight else operands
         x_labels, w_labels = (right, left) if first_is_weight else (left, right)
         free = [label for label in _LABELS if label not in equation]
@@ -239,9 +268,9 @@ class _Contraction:
             and column not in output
             and row not in x_labels
             and row in output
-            and all(label in output for label in stack)
+            and all(label in output or label in x_labels for label in stack)
             and len(set(x_labels)) == len(x_labels)
-            and set(output) == (set(x_labels) | set(w_labels)) - {column}
+            and set(output) | set(stack) == (set(x_labels) | set(w_labels)) - {column}
         )
         return cls(x, weight, x_labels, w_labels, output) if plain_product else None
 
@@ -259,11 +288,20 @@ class _Contraction:
             x = x.unsqueeze(0).expand(self.weight.shape[0], *x.shape)
         lengths = x.shape[1:-1]
         out = stacked_linear(x.reshape(x.shape[0], -1, x.shape[-1]), self.weight)
-        return self._order(out.reshape(out.shape[0], *lengths, out.shape[-1]), [*stack, *rest, row])
+        out = out.reshape(out.shape[0], *lengths, out.shape[-1])
+        if stack[0] not in self.out_labels:  # contracted too, as where heads are joined
+            return self._order(out.sum(0), [*rest, row])
+        return self._order(out, [*stack, *rest, row])
 
     def _order(self, out: Tensor, labels: list[str]) -> Tensor:
         return out.permute([labels.index(label) for label in self.out_labels])
 
 
-def _stacks_match(weight: PerturbedWeight, other: Tensor) -> bool:
+def _single(weight: Any, other: Any) -> Any:
+    """A stack of one matrix as that matrix, where it broadcasts over what it is multiplied with."""
+    is_stack = isinstance(weight, PerturbedWeight) and weight.noise.kernel is None and weight.ndim == 3
+    return layer(weight, 0) if is_stack and weight.shape[0] == 1 and other.ndim >= 3 else weight
+
+
+def _stacks_match(weight: LowRankWeight, other: Tensor) -> bool:
     return weight.noise.kernel is None and weight.ndim == other.ndim == 3 and weight.shape[0] == other.shape[0]

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import autocast_operands
 from ..member_mode import FUNCTIONS, dropout
 from ..perturbed import PerturbedWeight, UnsupportedOperationError, rule
+from .autocasting import linear
 
 Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -79,18 +80,19 @@ def _run_direction(
     w_ih, w_hh = parts[:2]
     b_ih, b_hh = parts[2:4] if has_biases else (None, None)
     w_hr = parts[-1] if len(parts) % 2 else None  # an LSTM's projection of the hidden state
-    shares = F.linear(x, w_ih, b_ih)
+    shares = linear(x, w_ih, b_ih)
     outputs: list[Tensor] = []
     for time in range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0]):
-        state = step(shares[time], F.linear(state[0], w_hh, b_hh), state)
+        state = step(shares[time], linear(state[0], w_hh, b_hh), state)
         if w_hr is not None:
-            state = (F.linear(state[0], w_hr), *state[1:])
+            state = (linear(state[0], w_hr), *state[1:])
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if reverse else outputs), state
 
 
 def _lstm(input, hx, params, has_biases, num_layers, rate, train, bidirectional, batch_first):
     _refuse_packed(has_biases)
+    input, *hx = autocast_operands(input, *hx)  # which leaves other recurrent layers alone on a CPU
     return _run_layers(
         _lstm_step, input, tuple(hx), params, has_biases, num_layers, rate, train, bidirectional, batch_first
     )
@@ -109,7 +111,7 @@ def _one_state(step: Step) -> Callable[..., Any]:
 def _cell(step: Step, states: int) -> Callable[..., Any]:
     def run(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
         state = tuple(hx) if states == 2 else (hx,)
-        new = step(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
+        new = step(linear(input, w_ih, b_ih), linear(state[0], w_hh, b_hh), state)
         return new if states == 2 else new[0]
 
     return run

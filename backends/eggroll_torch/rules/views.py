@@ -9,20 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..perturbed import PerturbedWeight, plain, rule
+from ..perturbed import EITHER, LowRankWeight, PerturbedWeight, ScaledWeight, plain, rule
 from .lookup import rows
 
-__all__ = ["part", "transposed"]
+__all__ = ["layer", "part", "transposed", "unsqueezed"]
 
 
-def transposed(weight: PerturbedWeight) -> PerturbedWeight:
+def transposed(weight: LowRankWeight) -> LowRankWeight:
     """Each matrix transposed: rows and columns, hence ``A`` and ``B``, change places."""
+    if isinstance(weight, ScaledWeight):
+        return ScaledWeight.make(_transposed(weight.weight), weight.columns, weight.rows)
+    assert isinstance(weight, PerturbedWeight)
+    return _transposed(weight)
+
+
+def _transposed(weight: PerturbedWeight) -> PerturbedWeight:
     noise = weight.noise
     return PerturbedWeight.make(plain(weight).mT, noise.having(noise.B, noise.A))
 
 
-def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
+def part(weight: LowRankWeight, axis: int, where: slice) -> LowRankWeight:
     """A slice of rows, of columns, or of the stack."""
+    if not isinstance(weight, ScaledWeight):
+        return _part(weight, axis, where)
+    rows, columns = weight.rows, weight.columns
+    if axis % 2 == 0 and rows is not None and rows.ndim:
+        rows = rows[where]
+    if axis % 2 == 1 and columns is not None and columns.ndim:
+        columns = columns[where]
+    return ScaledWeight.make(_part(weight.weight, axis, where), rows, columns)
+
+
+def _part(weight: LowRankWeight, axis: int, where: slice) -> PerturbedWeight:
     axis %= weight.ndim
     noise = weight.noise
     # The factors have one more axis in front, that of the draws; rows are those of A, columns those of B.
@@ -37,7 +55,7 @@ def part(weight: PerturbedWeight, axis: int, where: slice) -> PerturbedWeight:
     return PerturbedWeight.make(plain(weight)[index[1:]], noise.having(A, B))
 
 
-def _layer(weight: PerturbedWeight, index: int) -> PerturbedWeight:
+def layer(weight: PerturbedWeight, index: int) -> PerturbedWeight:
     """One layer of a stack."""
     noise = weight.noise
     return PerturbedWeight.make(plain(weight)[index], noise.having(noise.A[:, index], noise.B[:, index]))
@@ -56,18 +74,18 @@ _MH: Any = torch.Tensor.mH
 _DATA: Any = torch.Tensor.data
 
 
-@rule(_T.__get__, _H.__get__, torch.t, torch.Tensor.t)
+@rule(_T.__get__, _H.__get__, torch.t, torch.Tensor.t, of=EITHER)
 def _t(input):
     return transposed(input) if input.is_matrix else NotImplemented
 
 
-@rule(_MT.__get__, _MH.__get__, torch.adjoint, torch.Tensor.adjoint)
+@rule(_MT.__get__, _MH.__get__, torch.adjoint, torch.Tensor.adjoint, of=EITHER)
 def _m_t(input):
     return transposed(input) if input.noise.kernel is None else NotImplemented
 
 
-@rule(torch.transpose, torch.Tensor.transpose)
-@rule(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims)
+@rule(torch.transpose, torch.Tensor.transpose, of=EITHER)
+@rule(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims, of=EITHER)
 def _transpose(input, dim0, dim1):
     if input.noise.kernel is not None:
         return NotImplemented
@@ -77,7 +95,7 @@ def _transpose(input, dim0, dim1):
     return transposed(input) if dims == {input.ndim - 2, input.ndim - 1} else NotImplemented
 
 
-@rule(torch.permute, torch.Tensor.permute)
+@rule(torch.permute, torch.Tensor.permute, of=EITHER)
 def _permute(input, *args, dims=None):
     order = [_axis(input, dim) for dim in (_flat(args) if dims is None else dims)]
     identity = list(range(input.ndim))
@@ -88,7 +106,7 @@ def _permute(input, *args, dims=None):
     return transposed(input) if order == [*identity[:-2], identity[-1], identity[-2]] else NotImplemented
 
 
-@rule(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis)
+@rule(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis, of=EITHER)
 def _movedim(input, source, destination):
     # The axes of a tensor without storage are moved in its place.
     axes = torch.empty(list(range(2, 2 + input.ndim)), device="meta").movedim(source, destination).shape
@@ -101,6 +119,9 @@ def _getitem(input, index):
         is_lookup = input.is_matrix and index.dtype in (torch.int64, torch.int32)
         return rows(input, index) if is_lookup else NotImplemented
     indices = index if isinstance(index, tuple) else (index,)
+    if indices and indices[0] is None:
+        inside = _getitem(input, indices[1:])
+        return inside if inside is NotImplemented else inside.unsqueeze(0)
     if input.noise.kernel is not None or not all(
         isinstance(i, slice) or i is Ellipsis or (isinstance(i, int) and not isinstance(i, bool)) for i in indices
     ):
@@ -121,7 +142,7 @@ def _index_select(input, dim, index):
     return rows(input, index) if dim % 2 == 0 else rows(transposed(input), index).mT
 
 
-@rule(torch.narrow, torch.Tensor.narrow)
+@rule(torch.narrow, torch.Tensor.narrow, of=EITHER)
 def _narrow(input, dim, start, length):
     if input.noise.kernel is not None or isinstance(start, Tensor):
         return NotImplemented
@@ -146,7 +167,7 @@ def _unbind(input, dim=0):
     return NotImplemented if any(layer is NotImplemented for layer in layers) else layers
 
 
-@rule(torch.split, torch.Tensor.split)
+@rule(torch.split, torch.Tensor.split, of=EITHER)
 def _split(input, split_size_or_sections, dim=0):
     if input.noise.kernel is not None:
         return NotImplemented
@@ -162,7 +183,7 @@ def _split(input, split_size_or_sections, dim=0):
     return tuple(part(input, dim, slice(a, b)) for a, b in pairwise(bounds))
 
 
-@rule(torch.chunk, torch.Tensor.chunk)
+@rule(torch.chunk, torch.Tensor.chunk, of=EITHER)
 def _chunk(input, chunks, dim=0):
     return _split(input, -(-input.shape[dim] // chunks), dim)
 
@@ -173,6 +194,45 @@ def _reshape(input, *shape):
     if not all(isinstance(length, int) for length in target):
         return NotImplemented
     return _reshaped(input, target)
+
+
+@rule(torch.unsqueeze, torch.Tensor.unsqueeze)
+def unsqueezed(input, dim):
+    """Another axis of length 1, in front of those of the matrices."""
+    noise, axis = input.noise, dim % (input.ndim + 1)
+    if noise.kernel is not None or axis > input.ndim - 2:
+        return _reshaped(input, plain(input).unsqueeze(dim).shape)
+    return PerturbedWeight.make(
+        plain(input).unsqueeze(dim), noise.having(noise.A.unsqueeze(axis + 1), noise.B.unsqueeze(axis + 1))
+    )
+
+
+@rule(torch.squeeze, torch.Tensor.squeeze)
+def _squeeze(input, dim=None):
+    if not isinstance(dim, int):
+        return NotImplemented
+    noise, axis = input.noise, _axis(input, dim)
+    if input.shape[axis] != 1:
+        return input
+    if noise.kernel is not None or axis >= input.ndim - 2:
+        return _reshaped(input, plain(input).squeeze(dim).shape)
+    return PerturbedWeight.make(
+        plain(input).squeeze(axis), noise.having(noise.A.squeeze(axis + 1), noise.B.squeeze(axis + 1))
+    )
+
+
+@rule(torch.Tensor.expand)
+def _expand(input, *sizes):
+    noise, base = input.noise, plain(input).expand(*sizes)
+    if noise.kernel is not None or base.shape[-2:] != input.shape[-2:]:
+        return NotImplemented
+    *stack, _, _ = base.shape
+    more = (1,) * (base.ndim - input.ndim)
+    A, B = (
+        factor.reshape(len(factor), *more, *factor.shape[1:]).expand(-1, *stack, -1, -1)
+        for factor in (noise.A, noise.B)
+    )
+    return PerturbedWeight.make(base, noise.having(A, B))
 
 
 @rule(torch.Tensor.reshape_as, torch.Tensor.view_as)
@@ -225,26 +285,10 @@ for _method, _dtype in (
     rule(_method)(lambda input, _dtype=_dtype: _cast(input, lambda tensor: tensor.to(_dtype)))
 
 
-@rule(torch.Tensor.mul, torch.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
-def _mul(input, other):
-    if isinstance(other, PerturbedWeight):
-        input, other = other, input
-    return _scaled(input, other) if isinstance(other, int | float) else NotImplemented
+_COPIES = (torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
 
 
-@rule(torch.Tensor.div, torch.div, torch.Tensor.__truediv__)
-def _div(input, other, *, rounding_mode=None):
-    if not isinstance(input, PerturbedWeight) or not isinstance(other, int | float) or rounding_mode is not None:
-        return NotImplemented
-    return _scaled(input, 1 / other)
-
-
-@rule(torch.Tensor.__neg__, torch.neg, torch.Tensor.neg)
-def _neg(input):
-    return _scaled(input, -1)
-
-
-@rule(_DATA.__get__, torch.Tensor.detach, torch.detach, torch.Tensor.contiguous, torch.clone, torch.Tensor.clone)
+@rule(_DATA.__get__, *_COPIES, of=EITHER)
 def _same(input, **kwargs):
     return input
 
@@ -257,7 +301,7 @@ def _apply_indices(weight: PerturbedWeight, indices: Sequence[Any]) -> Any:
             current = part(current, axis, index)
             axis += 1
         elif axis == 0 and current.ndim > 2:
-            current = _layer(current, index)
+            current = layer(current, index)
         elif axis == 0 and current.ndim == 2 and len(indices) == 1:
             return _row(current, index)
         else:
@@ -266,7 +310,7 @@ def _apply_indices(weight: PerturbedWeight, indices: Sequence[Any]) -> Any:
 
 
 def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
-    """Another shape that leaves the columns whole: rows split into a stack, or a convolution kernel as its matrix."""
+    """Another shape that leaves rows or columns whole: a stack of fewer rows, or a convolution kernel of a matrix."""
     noise, base = weight.noise, plain(weight)
     target = _resolved(shape, base.numel())
     if target == list(base.shape):
@@ -276,15 +320,19 @@ def _reshaped(weight: PerturbedWeight, shape: Sequence[int]) -> Any:
         if target != matrix:
             return NotImplemented
         return PerturbedWeight.make(base.reshape(matrix), replace(noise, kernel=None))
-    if base.ndim != 2 or len(target) < 2 or target[-1] != base.shape[1]:
+    if base.ndim != 2 or len(target) < 2:
         return NotImplemented
+    if target[-1] != base.shape[1]:
+        if len(target) < 3 or target[0] != base.shape[0]:
+            return NotImplemented
+        return PerturbedWeight.make(base.reshape(target), replace(noise, kernel=tuple(target)))
     *stack, rows, columns = target
     A = noise.A.reshape(noise.A.shape[0], *stack, rows, -1)
     B = noise.B.reshape(noise.B.shape[0], *(1,) * len(stack), columns, -1).expand(-1, *stack, -1, -1)
     return PerturbedWeight.make(base.reshape(target), noise.having(A, B))
 
 
-def _axis(weight: PerturbedWeight, dim: int) -> int:
+def _axis(weight: LowRankWeight, dim: int) -> int:
     if not -weight.ndim <= dim < weight.ndim:
         raise IndexError(f"`dim` must be in [{-weight.ndim}, {weight.ndim}), got {dim}")
     return dim % weight.ndim
@@ -293,11 +341,6 @@ def _axis(weight: PerturbedWeight, dim: int) -> int:
 def _resolved(shape: Sequence[int], numel: int) -> list[int]:
     known = math.prod(length for length in shape if length != -1)
     return [numel // max(known, 1) if length == -1 else length for length in shape]
-
-
-def _scaled(weight: PerturbedWeight, factor: Any) -> PerturbedWeight:
-    noise = weight.noise
-    return PerturbedWeight.make(plain(weight) * factor, replace(noise, scales=noise.scales * factor))
 
 
 def _cast(weight: PerturbedWeight, cast: Callable[[Tensor], Tensor]) -> Any:
