@@ -54,7 +54,6 @@ class EggrollWeights:
         self.numbers_in_a_draw = source.numbers_in_a_draw
         self._low_rank = [parameter for parameter in source.parameters if parameter.kind == "low_rank"]
         self._dense = [parameter for parameter in source.parameters if parameter.kind == "dense"]
-        self._numbers_of_member = sum(parameter.draw_size for parameter in source.parameters)
         self._prepared: _Prepared | None = None
 
     @cached_property
@@ -80,7 +79,7 @@ class EggrollWeights:
         if self._prepared is not None and self._prepared.chunk.members == members:
             return self._prepared
         prepared = _Prepared(self.source.chunk(members))
-        if len(members) * self._numbers_of_member <= _KEPT:
+        if len(members) * self.source.numbers_of_member <= _KEPT:
             self._prepared = prepared
         return prepared
 
@@ -90,7 +89,7 @@ class EggrollWeights:
         for parameter in self._low_rank:
             factors, scale = self.source.factors(parameter, chunk), self.source.low_rank_scale(parameter)
             if scale not in scales:
-                scales[scale] = chunk.signs * scale
+                scales[scale] = (chunk.host_signs * scale).to(self.device, non_blocking=True)
             drawn = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
             noise[parameter.name] = [scales[scale], *drawn]
         return noise
@@ -138,6 +137,6 @@ class EggrollWeights:
             if parameter.kind == "low_rank":
                 noise = self.source.noise_of_draw(parameter, chunk, index // self.members_per_draw)
                 assert isinstance(noise, LowRank)
-                scale = chunk.sign[index] * self.source.low_rank_scale(parameter)
+                scale = float(chunk.host_signs[index]) * self.source.low_rank_scale(parameter)
                 factors[parameter.name] = noise.A * scale, noise.B
         return factors
