@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -226,23 +227,24 @@ class Trainer(torch.optim.Optimizer):
             scores = as_finite(gathered, self.nonfinite)  # type: ignore[arg-type]
             update = self._update(population.weights, scores)
             best = int(scores.argmax())
-            better = float(scores[best]) > self.best_fitness
+            highest, mean = float(scores[best]), float(scores.mean())
+            better = highest > self.best_fitness
             best_state = population.weights.materialise(best) if better and self.snapshots else self._best_state
         with uninterrupted():
             update()
             # Schedulers ask whether an optimizer has stepped, which tell() does without step().
             self._opt_called = self.optimizer._opt_called = True  # type: ignore[attr-defined]
-            self.best_fitness = max(self.best_fitness, float(scores[best]))
+            self.best_fitness = max(self.best_fitness, highest)
             self._best_state = best_state
             self.generation += 1
-            self.fitness_history.append(float(scores.mean()))
+            self.fitness_history.append(mean)
             self._population = None
             population.close()
         return {
             "generation": self.generation,
-            "mean_fitness": float(scores.mean()),
+            "mean_fitness": mean,
             "std_fitness": float(scores.std(correction=0)),
-            "max_fitness": float(scores.max()),
+            "max_fitness": highest,
             "best_fitness": self.best_fitness,
         }
 
@@ -289,7 +291,7 @@ class Trainer(torch.optim.Optimizer):
         settings, scores, observed = (list(parts) for parts in zip(*told, strict=True))
         check_same(settings)
         self._learn(observed)
-        return torch.cat(scores)
+        return torch.cat(scores) if len(scores) > 1 else scores[0]
 
     def train(self, num_generations: int, verbose: bool = True) -> dict[str, Any]:
         """Runs generations.
@@ -479,8 +481,8 @@ class Trainer(torch.optim.Optimizer):
 
     def _randomness_key(self) -> Tensor:
         """The key of what is random in this generation besides the noise, int32 on the CPU."""
-        key = threefry.fold_in(self._base_key.to(torch.int32), threefry.word(_RANDOMNESS))
-        return threefry.fold_in(key, threefry.word(self.generation))
+        key = threefry.folded(threefry.folded(self._base_key.numpy()[None], _RANDOMNESS), self.generation)
+        return torch.from_numpy(key.view(np.int32)[0])
 
     def _parameters_changed(self) -> None:
         """Called when the trained parameters or the key are others than before."""

@@ -19,6 +19,7 @@ from eggroll import prng
 from eggroll.config import RNGS, as_choice
 
 from . import kernels, philox, threefry
+from .vectorising import called
 
 __all__ = ["Draws", "Rows", "draw_uniforms", "fold_in_each"]
 
@@ -86,7 +87,9 @@ class Rows:
         if self._kernels:
             from .kernels.noise import draw_rows
 
-            return self._parted(draw_rows(keys, self._key_of, self._counter, precision, rng=self._rng))
+            return self._parted(
+                called(draw_rows, keys, self._key_of, self._counter, precision, torch.float32, self._rng)
+            )
         if self._compiled is not None:
             return self._parted(self._compiled.draw(keys, self._bounds, self._runs, precision, self._rng))
         return self._parted(_normals(self._bits(keys), precision))
@@ -192,7 +195,7 @@ def fold_in_each(keys: Tensor, data: Tensor) -> Tensor:
     if kernels.status(keys.device).available:
         from .kernels.noise import fold_in
 
-        return fold_in(keys, data)
+        return called(fold_in, keys, data)
     return threefry.fold_in(keys, data.unsqueeze(1))
 
 

@@ -5,6 +5,7 @@ last chunk is kept, and others as long as they are small together: a population 
 the forward pass and the update; a larger one draws it twice and needs no more memory.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,18 +71,21 @@ class ChunkNoise:
 
     Attributes:
         members: which members.
-        signs: float32, shape ``(members,)``.
-        sign: the same as numbers on the host, which need not wait for the device.
+        host_signs: float32, shape ``(members,)``, on the host: nothing has to wait for the device.
         keys: int32, shape ``(draws, n_keys, 2)``, those of every layer of every parameter.
         noise: by parameter name: `LowRank` factors or a dense tensor, float32, with one leading entry for each draw.
             Of parameters whose noise kernels draw there is none.
     """
 
     members: range
-    signs: Tensor
-    sign: tuple[float, ...]
+    host_signs: Tensor
     keys: Tensor
     noise: dict[str, perturbation.LowRank | Tensor]
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """The same on the device."""
+        return self.host_signs.to(self.keys.device, non_blocking=True)
 
 
 # Numbers that are kept besides those of the last chunk (16 MiB).
@@ -96,6 +100,12 @@ class NoiseSource:
         keys: the key of each parameter by name, uint32 of shape ``(2,)``.
         generation: which generation.
         config: the hyperparameters it is evaluated with.
+
+    Attributes:
+        members_per_draw: 2 for antithetic pairs, else 1. A chunk holds whole pairs.
+        stores_noise: whether a chunk has noise in memory, and not keys alone, which cost next to nothing.
+        numbers_in_a_draw: how long a row of noise is, or of keys where no noise is stored.
+        numbers_of_member: of all its noise, stored or not.
     """
 
     def __init__(
@@ -107,12 +117,9 @@ class NoiseSource:
     ):
         self.parameters = tuple(parameters)
         self.config = config
-        self.generation = generation
         self.device = parameters[0].parameter.device
-        self._generation_keys = _generation_keys(self.parameters, keys, generation, config).to(
-            self.device, non_blocking=True
-        )
-        self._kernels = kernels.status(self.device, config.rng).available
+        self._drawn = _drawn_by_kernels(parameters, self.device, config.rng)
+        self._keys = keys
         self._first_key = dict(
             zip(
                 (parameter.name for parameter in self.parameters),
@@ -120,35 +127,38 @@ class NoiseSource:
                 strict=False,
             )
         )
-        drawn = [parameter for parameter in self.parameters if self.drawn_by_kernels(parameter)]
-        factors = sum(p.draw_size * p.parameter.element_size() for p in drawn if p.kind == "low_rank")
+        drawn = [p for p in self.parameters if p.name in self._drawn and p.kind == "low_rank"]
+        factors = sum(p.draw_size * p.parameter.element_size() for p in drawn)
         self._bytes_of_factors = factors * config.draws
         self._draws_once = 0 < self._bytes_of_factors <= 4 * KEPT
-        self._stored = [parameter for parameter in self.parameters if not self.drawn_by_kernels(parameter)]
+        stored = [parameter for parameter in self.parameters if parameter.name not in self._drawn]
+        self._layout = _RowLayout(stored, self._first_key, self.device)
+        self.stores_noise = bool(stored)
+        self.numbers_in_a_draw = sum(parameter.draw_size for parameter in stored) or 2 * sum(
+            parameter.layers for parameter in self.parameters
+        )
+        self.numbers_of_member = sum(parameter.draw_size for parameter in self.parameters)
+        self.members_per_draw = config.members_per_draw
+        self._begin(generation)
+
+    def in_generation(self, generation: int) -> "NoiseSource":
+        """The noise of another generation: of the same parameters, with the same hyperparameters."""
+        other = copy.copy(self)
+        other._begin(generation)
+        return other
+
+    def _begin(self, generation: int) -> None:
+        self.generation = generation
+        keys = _generation_keys(self.parameters, self._keys, generation, self.config)
+        self._generation_keys = keys.to(self.device, non_blocking=True)
+        self._all_keys: Tensor | None = None
         self._factors: dict[str, StoredFactors] = {}
-        self._layout = _RowLayout(self._stored, self._first_key, self.device)
         self._last: ChunkNoise | None = None
         self._kept: dict[range, ChunkNoise] = {}
 
-    @property
-    def members_per_draw(self) -> int:
-        """2 for antithetic pairs, else 1. A chunk holds whole pairs."""
-        return self.config.members_per_draw
-
-    @property
-    def numbers_in_a_draw(self) -> int:
-        """How long a row of noise is, or of keys where no noise is stored."""
-        return sum(parameter.draw_size for parameter in self._stored) or 2 * len(self._generation_keys)
-
-    @property
-    def stores_noise(self) -> bool:
-        """Whether a chunk has noise in memory, and not keys alone, which cost next to nothing."""
-        return bool(self._stored)
-
     def drawn_by_kernels(self, parameter: ParameterNoise) -> bool:
         """Whether kernels draw this parameter's noise, where they need it or, if it is little, into memory."""
-        is_layer = not parameter.stack and parameter.kernel is None
-        return self._kernels and is_layer and parameter.parameter.dtype in kernels.DTYPES
+        return parameter.name in self._drawn
 
     def holds(self, members: range) -> bool:
         """Whether the noise of these members is there already."""
@@ -171,17 +181,14 @@ class NoiseSource:
         if self._draws_once:
             keys = self._keys_of_all[self._place(members)]
         else:
-            keys = fold_in_each(self._generation_keys, self._sent(draws))
-        drawn = ChunkNoise(members, self._sent(signs), tuple(signs.tolist()), keys, self._layout.draw(keys))
+            data = torch.from_numpy(np.ascontiguousarray(draws)).to(self.device, non_blocking=True)
+            keys = fold_in_each(self._generation_keys, data)
+        drawn = ChunkNoise(members, torch.from_numpy(signs), keys, self._layout.draw(keys))
         if sum(map(len, (*self._kept, members))) * self.numbers_in_a_draw <= KEPT * self.members_per_draw:
             self._kept[members] = drawn
         else:
             self._last = drawn
         return drawn
-
-    def _sent(self, array: np.ndarray) -> Tensor:
-        """An array of the host on the device, which may have work to do before it takes it."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
     def chunk_with(self, member: int) -> ChunkNoise:
         """A chunk that holds `member`: one that is there, or that of its draw alone."""
@@ -223,7 +230,10 @@ class NoiseSource:
             return _stored(parameter, self.noise(parameter, chunk))
         if not self._draws_once:
             return DrawnFactors(self.keys(parameter, chunk), parameter)
-        whole, these = self._factors_of_all(parameter), self._place(chunk.members)
+        whole = self._factors_of_all(parameter)
+        if len(chunk.members) == self.config.population_size:
+            return whole
+        these = self._place(chunk.members)
         return StoredFactors(whole.A[these], whole.B[these])
 
     def _place(self, members: range) -> slice:
@@ -255,11 +265,13 @@ class NoiseSource:
         drawn_once = self._bytes_of_factors if self._draws_once else 0
         return 4 * min(of_all, KEPT + of_chunk) + drawn_once
 
-    @cached_property
+    @property
     def _keys_of_all(self) -> Tensor:
         """The keys of all draws, as `ChunkNoise.keys`."""
-        every_draw = torch.arange(self.config.draws, dtype=torch.int32, device=self.device)
-        return fold_in_each(self._generation_keys, every_draw)
+        if self._all_keys is None:
+            every_draw = torch.arange(self.config.draws, dtype=torch.int32, device=self.device)
+            self._all_keys = fold_in_each(self._generation_keys, every_draw)
+        return self._all_keys
 
     def dense_noise(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """What is added to a parameter for each member of the chunk, in its dtype; shape ``(members, *shape)``."""
@@ -274,7 +286,7 @@ class NoiseSource:
         """A parameter as one member of the chunk sees it, a tensor of its own, in `dtype` or the parameter's."""
         noise = self.noise_of_draw(parameter, chunk, index // self.members_per_draw)
         weight = parameter.parameter.detach()
-        sign = chunk.sign[index]
+        sign = float(chunk.host_signs[index])
         # Sum in float32 at least and round once: a narrow dtype would lose most of a small sigma.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if isinstance(noise, Tensor):
@@ -315,6 +327,14 @@ class _RowLayout:
         return noise
 
 
+def _drawn_by_kernels(parameters: Sequence[ParameterNoise], device: torch.device, rng: prng.Rng) -> frozenset[str]:
+    """See `NoiseSource.drawn_by_kernels`."""
+    if not kernels.status(device, rng).available:
+        return frozenset()
+    layers = [parameter for parameter in parameters if not parameter.stack and parameter.kernel is None]
+    return frozenset(layer.name for layer in layers if layer.parameter.dtype in kernels.DTYPES)
+
+
 def _drawn_alone(parameter: ParameterNoise, keys: Tensor) -> perturbation.LowRank | Tensor:
     """The noise of a parameter that is one layer, from its keys, int32 of shape ``(draws, 2)``."""
     draws = [Draws(1, *draw) for draw in parameter.draws]
@@ -345,7 +365,7 @@ def _generation_keys(
     """The key of every layer of every parameter in a generation, int32 of shape ``(n_keys, 2)``."""
     epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
     layers = [
-        perturbation.stacked_keys(keys[parameter.name], parameter.stack).reshape(-1, 2).to(torch.int32)
+        perturbation.stacked_keys(keys[parameter.name].numpy(), parameter.stack).reshape(-1, 2)
         for parameter in parameters
     ]
-    return threefry.fold_in(torch.cat(layers), threefry.word(epoch))
+    return torch.from_numpy(threefry.folded(np.concatenate(layers), epoch).view(np.int32))

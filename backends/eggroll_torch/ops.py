@@ -219,7 +219,7 @@ def _(info, in_dims, q, k, v, mask, is_causal, scale, enable_gqa):
     if mask is not None:
         mask = _mask_of_members(mask, in_dims[3], members, q.ndim - 1, lead)
     q, k, v = (x.flatten(0, len(lead)) for x in (q, k, v))
-    out = attention(q, k, v, mask, is_causal, scale, enable_gqa)
+    out = called(attention, q, k, v, mask, is_causal, scale, enable_gqa)
     return out.view(members, *lead, *keep[:-1], v.shape[-1]), 0
 
 
@@ -252,7 +252,7 @@ def _(key, call, member, shape):
 
 @batching_rule(member_uniform)
 def _(info, in_dims, key, call, member, shape):
-    return uniforms_of_members(key, call, member, shape), 0
+    return called(uniforms_of_members, key, call, member, shape), 0
 
 
 # An operation of its own: what draws on a CPU is no operation of PyTorch, and would not be recorded.
@@ -295,8 +295,8 @@ def _linear_of_members(
 
         how = *(bias_noise or (None, None)), precision, rng
         if len(factors) == 1:
-            return linear_of_members_drawn(x, weight, bias, factors[0], rank, scales, 1.0, *how)
-        return linear_of_members(x, weight, bias, *factors, scales, 1.0, *how)
+            return called(linear_of_members_drawn, x, weight, bias, factors[0], rank, scales, 1.0, *how)
+        return called(linear_of_members, x, weight, bias, *factors, scales, 1.0, *how)
     A, B = factors
     members, (draws, out_features) = scales.shape[0], A.shape[:2]
     copies = members // draws
@@ -320,7 +320,7 @@ def _linear_of_members(
             # The small terms first: the product with the weight adds to them while they are in the cache.
             x_ = x[these].reshape(-1, in_features)
             left = _projection(x_.view(-1, copies * rows, in_features), B_)
-            left = left.unflatten(1, (copies, rows)) * scales[here]
+            left = left.view(-1, copies, rows, left.shape[-1]) * scales[here]
             _outer_into(block, bias if own_bias is None else own_bias[these].unsqueeze(1), left, A_)
             flat = block.view(-1, out_features)
             torch.addmm(flat, x_, weight.mT, out=flat)
@@ -330,7 +330,7 @@ def _linear_of_members(
 def _dense_of_members(weight: Tensor, keys: Tensor, scales: Tensor, precision: str, rng: str) -> Tensor:
     from .kernels.dense import dense_of_members
 
-    return dense_of_members(weight, keys, scales, precision, rng)
+    return called(dense_of_members, weight, keys, scales, precision, rng)
 
 
 def _stacked_linear_of_members(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:

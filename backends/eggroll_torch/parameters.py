@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from eggroll import EggrollConfig, perturbation, prng
 
-from .choices import Choice
+from .choices import OPTIONS, Choice
 
 __all__ = ["ParameterNoise", "describe_parameters", "named_trainable"]
 
@@ -134,6 +134,16 @@ def describe_parameters(
         rank, sigma = choice.rank or config.rank, choice.sigma or config.sigma
         described.append(ParameterNoise(name, parameter, kind, stack, layer, rank, sigma, precision, config.rng))
     return described
+
+
+def circumstances(
+    model: nn.Module, trainable: dict[str, nn.Parameter], param_groups: Iterable[dict[str, Any]]
+) -> list[Any]:
+    """What besides hyperparameters a description depends on; equal as long as the parameters' noise is the same."""
+    convolutions = _convolution_kernels(model)
+    parameters = [(name, id(p), p.shape, p.dtype, p.device, id(p) in convolutions) for name, p in trainable.items()]
+    options = [[group.get(option) for option in OPTIONS] for group in param_groups]
+    return [parameters, options, [list(map(id, group["params"])) for group in param_groups]]
 
 
 def model_keys(model: nn.Module, base_key: Tensor) -> dict[str, Tensor]:

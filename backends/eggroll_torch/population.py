@@ -17,9 +17,10 @@ from .compiling import Compiler, Function, left_as_it_is
 from .lora import adapter
 from .member_mode import MemberMode
 from .perturbed import Policy, UnsupportedOperationError, formed
-from .swap import check_is_itself, named_tensors, nothing_of_members_left, replaced, seeded, swapped
+from .swap import HeldTensors, check_is_itself, seeded, swapped
 from .threads import alone
 from .trees import Parts
+from .vectorising import vectorised
 
 __all__ = ["MemberWeights", "Population", "Randomness"]
 
@@ -306,7 +307,7 @@ class Population:
         outputs = _Outputs()
         index = torch.arange(members.start, members.stop, device=weights.device)
         key = weights.randomness_key.to(weights.device, non_blocking=True)
-        held_by_modules = named_tensors(self._model)
+        held_by_modules = HeldTensors(self._model)
         names, buffers = held_by_modules.all(), held_by_modules.buffers
 
         def copied_for(index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -319,7 +320,7 @@ class Population:
             args, kwargs = call.arguments(inputs)
             randomness = torch.zeros_like(index) if self._randomness == "same" else index
             own = {id(names[name]): tensor for name, tensor in bound.items()}
-            with MemberMode(randomness, key, own, way.fills_tensors), replaced(self._model, names, bound):
+            with MemberMode(randomness, key, own, way.fills_tensors), held_by_modules.replaced(own):
                 return outputs.take_apart(getattr(self._model, call.method)(*args, **kwargs))
 
         def run_all(
@@ -331,14 +332,15 @@ class Population:
             buffers: dict[str, Tensor],
             inputs: list[Tensor],
         ) -> list[Tensor]:
-            def run(index: Tensor, place: Tensor, mine: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-                bound = weights.bind(place, mine, shared)
-                return run_member(index, key, held | bound | copied_for(index, buffers), inputs)
+            def run(index: Tensor, place: Tensor, *rest: Tensor) -> list[Tensor]:
+                bound = weights.bind(place, dict(zip(mine, rest, strict=False)), shared)
+                given = list(rest[len(mine) :]) if call.per_member else inputs
+                return run_member(index, key, held | bound | copied_for(index, buffers), given)
 
             outputs.clear()
-            in_dims = (0, 0, 0, 0 if call.per_member else None)
-            place = torch.arange(len(index), device=index.device)
-            return torch.vmap(run, in_dims, randomness=self._randomness)(index, place, mine, inputs)
+            place = torch.arange(index.shape[0], device=index.device)
+            of_members = [index, place, *mine.values(), *(inputs if call.per_member else ())]
+            return vectorised(run, of_members, self._randomness)
 
         def run_vectorised() -> list[Tensor]:
             mine, shared = weights.batched(members), weights.shared(members)
@@ -346,7 +348,7 @@ class Population:
             tensors = [tensor.clone() for tensor in given] if way.fills_tensors else inputs
             with self._seeded(members.start):
                 if not compiler.enabled:
-                    with nothing_of_members_left(self._model):
+                    with held_by_modules.nothing_of_members_left():
                         return run_all(index, key, mine, shared, {}, buffers, tensors)
                 # A record would hold on to the tensors that it saw in the model: they are handed to it.
                 held = {n: tensor for n, tensor in names.items() if n not in {*mine, *shared, *buffers}}

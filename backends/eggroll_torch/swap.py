@@ -3,8 +3,8 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,9 @@ from .threads import lock
 from .threefry import seed_of
 
 __all__ = [
-    "NamedTensors",
+    "HeldTensors",
     "attributes_restored",
     "check_is_itself",
-    "named_tensors",
-    "nothing_of_members_left",
-    "replaced",
     "restored",
     "seeded",
     "swapped",
@@ -112,70 +109,102 @@ def _unscripted(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
-class NamedTensors(NamedTuple):
-    """What tensors a model's modules hold, each by its first name."""
+_LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    attributes: dict[str, Tensor]
+
+class HeldTensors:
+    """The tensors that a model's modules hold, and where; found in one walk, which every call of a population takes.
+
+    Attributes:
+        parameters: by their first names.
+        buffers: likewise, those that are no parameters as well.
+        attributes: likewise, the rest.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._seen: set[int] = set()
+        named = [(f"{name}." if name else "", module) for name, module in model.named_modules()]
+        attributes = [(prefix, vars(module), _own(vars(module))) for prefix, module in named]
+        self.parameters = self._found((prefix, m._parameters, m._parameters) for prefix, m in named)
+        self.buffers = self._found((prefix, m._buffers, m._buffers) for prefix, m in named)
+        self.attributes = self._found(attributes)
+        self._lists = [  # which recurrent modules make of their weights when they see others
+            (table, name, table[name])
+            for (_, table, _), (_, module) in zip(attributes, named, strict=True)
+            if isinstance(module, nn.RNNBase)
+            for name in _LISTS_OF_WEIGHTS
+            if name in table
+        ]
+        self._attributes = [
+            (table, {name: (value, _length(value)) for name, value in own.items()})
+            for (_, table, own), (_, module) in zip(attributes, named, strict=True)
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
+
+    def _found(self, tables: Iterable[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Tensor]:
+        """The tensors of some tables that were not met before, by name: of what precedes it, a table, and a part."""
+        found = {}
+        for prefix, table, part in tables:
+            for name, value in part.items():
+                if isinstance(value, Tensor):
+                    self._places.append((table, name, value))
+                    if id(value) not in self._seen:
+                        self._seen.add(id(value))
+                        found[prefix + name] = value
+        return found
 
     def all(self) -> dict[str, Tensor]:
         return {**self.parameters, **self.buffers, **self.attributes}
 
+    @contextlib.contextmanager
+    def replaced(self, others: Mapping[int, Tensor]) -> Iterator[None]:
+        """Other tensors, of any kind, in the places of some, by the ids of these.
 
-def named_tensors(model: nn.Module) -> NamedTensors:
-    """The tensors of a model; one that is in several places counts as a parameter before a buffer before the rest."""
-    # `named_parameters()` and `named_buffers()` would go through the modules three times, in every call.
-    modules = [(f"{name}." if name else "", module) for name, module in model.named_modules()]
-    seen: set[int] = set()
+        Not `torch.func.functional_call`, which leaves its tensors in a module that has two names.
+        """
+        undo = [place for place in self._places if id(place[2]) in others]
+        try:
+            for table, name, value in undo:
+                table[name] = others[id(value)]
+            yield
+        finally:
+            for table, name, value in (*self._lists, *undo):
+                table[name] = value
 
-    def held(tables: Iterable[tuple[str, Mapping[str, Any]]], but: Collection[str] = ()) -> dict[str, Tensor]:
-        found = {}
-        for prefix, table in tables:
-            for name, value in table.items():
-                if name not in but and isinstance(value, Tensor) and id(value) not in seen:
-                    seen.add(id(value))
-                    found[prefix + name] = value
-        return found
+    @contextlib.contextmanager
+    def nothing_of_members_left(self) -> Iterator[None]:
+        """On the way out attributes that were set to tensors of members under `torch.vmap` are what they were.
 
-    return NamedTensors(
-        held((prefix, module._parameters) for prefix, module in modules),
-        held((prefix, module._buffers) for prefix, module in modules),
-        held(((prefix, vars(module)) for prefix, module in modules), _OF_EVERY_MODULE),
-    )
+        Nobody can use those afterwards. Also what was appended to lists, or put into dictionaries, under new keys.
+        """
+        try:
+            yield
+        finally:
+            for table, before in self._attributes:
+                for name, value in _own(table).items():
+                    old, length = before.get(name, (None, 0))
+                    if name not in before or value is not old:
+                        if _holds_members(value):
+                            table[name] = old
+                            if name not in before:
+                                del table[name]
+                    elif isinstance(value, list) and len(value) > length and _holds_members(value[length:]):
+                        del value[length:]
+                    elif isinstance(value, dict) and len(value) > length:
+                        new = list(value)[length:]
+                        if _holds_members([value[key] for key in new]):
+                            for key in new:
+                                del value[key]
 
 
-_LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+def _own(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that not every module has."""
+    return {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}
 
 
-@contextlib.contextmanager
-def replaced(model: nn.Module, names: dict[str, Tensor], tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Other tensors in the places of a model's own, wherever its modules hold these.
-
-    Not `torch.func.functional_call`, which leaves its tensors in a module that has two names.
-
-    Args:
-        model: the model.
-        names: all its tensors by name, see `named_tensors`.
-        tensors: others for some of them, of any kind.
-    """
-    others = {id(names[name]): other for name, other in tensors.items()}
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for module in model.modules():
-            attributes = vars(module)
-            if isinstance(module, nn.RNNBase):  # which makes lists of its weights when it sees others
-                undo += [(attributes, name, attributes[name]) for name in _LISTS_OF_WEIGHTS if name in attributes]
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, attributes)
-            for table in tables:
-                for name, value in list(table.items()):
-                    if isinstance(value, Tensor) and id(value) in others:
-                        undo.append((table, name, value))
-                        table[name] = others[id(value)]
-        yield
-    finally:
-        for table, name, value in undo:
-            table[name] = value
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict) else 0
 
 
 @contextlib.contextmanager
@@ -192,44 +221,6 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
         for table, entries in tables:
             table.clear()
             table.update(entries)
-
-
-@contextlib.contextmanager
-def nothing_of_members_left(model: nn.Module) -> Iterator[None]:
-    """On the way out attributes that were set to tensors of members under `torch.vmap` are what they were.
-
-    Nobody can use those afterwards. Also what was appended to lists, or put into dictionaries, under new keys.
-    """
-    tables = [vars(module) for module in _unscripted(model)]
-    found = [{name: (table[name], _length(table[name])) for name in _own(table)} for table in tables]
-    try:
-        yield
-    finally:
-        for table, before in zip(tables, found, strict=True):
-            for name in _own(table):
-                value = table[name]
-                old, length = before.get(name, (None, 0))
-                if name not in before or value is not old:
-                    if _holds_members(value):
-                        table[name] = old
-                        if name not in before:
-                            del table[name]
-                elif isinstance(value, list) and len(value) > length and _holds_members(value[length:]):
-                    del value[length:]
-                elif isinstance(value, dict) and len(value) > length:
-                    new = list(value)[length:]
-                    if _holds_members([value[key] for key in new]):
-                        for key in new:
-                            del value[key]
-
-
-def _own(table: dict[str, Any]) -> set[str]:
-    """The names of the attributes that not every module has."""
-    return table.keys() - _OF_EVERY_MODULE
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, list | dict) else 0
 
 
 def _holds_members(value: Any) -> bool:
@@ -265,11 +256,16 @@ def seeded(key: Tensor, data: int, device: torch.device) -> Iterator[None]:
         key, data: see `threefry.seed_of`.
         device: whose generator is seeded besides that of the CPU.
     """
-    seed, devices = seed_of(key, data), [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed, which formats a stack trace for devices that are not there yet: a millisecond.
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    # Not torch.manual_seed, which formats a stack trace for devices that are not there yet: a millisecond.
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    seed, states = seed_of(key, data), [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eggroll import prng
 
-__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "seed_of", "word"]
+__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "folded", "seed_of", "word"]
 
 _log = logging.getLogger("eggroll")
 
@@ -61,21 +61,33 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     return torch.from_numpy(words.view(np.int32)).view(*shape, 2)
 
 
+def folded(keys: np.ndarray, data: int) -> np.ndarray:
+    """`fold_in` of one number on the host, in a tenth of the time: few keys are derived for every generation.
+
+    Args:
+        keys: uint32, shape ``(n, 2)``.
+        data: negative numbers belong to no member, parameter or generation.
+
+    Returns:
+        uint32, shape ``(n, 2)``.
+    """
+    number = data & 0xFFFFFFFF
+    compiled = compiled_for_cpu()
+    if compiled is None:
+        return prng.fold_in(keys, number)
+    return compiled.fold_in(keys, np.full(len(keys), number, np.uint32))
+
+
 def seed_of(key: Tensor, data: int) -> int:
     """64 bits that follow from a key and a number, for other generators, such as those of PyTorch.
 
-    Found on the host without PyTorch's operations, which a mode may be watching: it is asked for every member.
+    Found without PyTorch's operations, which a mode may be watching: it is asked for every member.
 
     Args:
         key: int32, shape ``(2,)``, on the CPU.
-        data: folded into the key; negative numbers belong to no member.
+        data: see `folded`.
     """
-    words, number = key.numpy().view(np.uint32), data & 0xFFFFFFFF
-    compiled = compiled_for_cpu()
-    if compiled is None:
-        high, low = prng.fold_in(words, number).tolist()
-    else:
-        high, low = compiled.fold_in(words[None], np.array([number], np.uint32))[0].tolist()
+    high, low = folded(key.numpy().view(np.uint32)[None], data)[0].tolist()
     return (high << 32) | low
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eggroll import EggrollConfig
 from eggroll.config import as_bool, as_choice, as_positive_float
 
-from . import update
+from . import kernels, update
 from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
 from .choices import OPTIONS, choices_by_name
 from .chunking import Chunking, ChunkSize, chunk_ranges
@@ -21,7 +21,7 @@ from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
 from .memory import MemoryEstimate
 from .noise import NoiseSource
-from .parameters import ParameterNoise, describe_parameters, model_keys
+from .parameters import ParameterNoise, circumstances, describe_parameters, model_keys
 from .perturbed import Policy
 from .population import MemberWeights, Population, Randomness
 from .processes import Distributed, Processes
@@ -234,9 +234,14 @@ class EGGROLLTrainer(Trainer):
         if not self._describe():
             raise ValueError("`params` must hold at least one parameter that is perturbed, all are frozen")
         self._keys = model_keys(self.model, self._base_key)
+        self._source: tuple[Any, NoiseSource] | None = None
 
     def _member_weights(self) -> EggrollWeights:
-        source = NoiseSource(self._describe(), self._keys, self.generation, self.config)
+        has_kernels = kernels.status(self.device, self.config.rng).available
+        now = self.config, has_kernels, circumstances(self.model, self._trainable, self.param_groups)
+        if self._source is None or self._source[0] != now:
+            self._source = now, NoiseSource(self._describe(), self._keys, self.generation, self.config)
+        source = self._source[1].in_generation(self.generation)
         return EggrollWeights(source, self._policy, self._randomness_key())
 
     def _update(self, weights: MemberWeights, fitness: Tensor) -> Callable[[], None]:
@@ -297,7 +302,7 @@ class EGGROLLTrainer(Trainer):
             check_plain_sgd(self.optimizer, groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_keys"}
+        return {name: value for name, value in super().__getstate__().items() if name not in {"_keys", "_source"}}
 
     @property
     def _members_per_draw(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from eggroll import perturbation
 from eggroll.update import direction_scale, weights_of_draws
@@ -12,6 +13,7 @@ from .autocast import without_autocast
 from .noise import ChunkNoise, DrawnFactors, NoiseSource
 from .parameters import ParameterNoise
 from .totals import add_
+from .vectorising import called
 
 __all__ = ["descend_", "direction", "memory"]
 
@@ -99,10 +101,12 @@ def _sum_(
     progress: Callable[[], None] | None = None,
 ) -> None:
     """``total = beta * total + alpha * direction`` for each parameter that has a total, `scales` by name."""
-    weights = weights.to(source.device, non_blocking=weights.device.type == "cpu")
+    weights = weights.cpu()
     for place, members in enumerate(chunks):
         chunk = source.chunk(members)
-        coefficients = weights_of_draws(weights[members.start : members.stop], chunk.signs, source.config)
+        # On the host: a GPU would be handed four launches for it.
+        of_draws = weights_of_draws(weights[members.start : members.stop], chunk.host_signs, source.config)
+        coefficients = of_draws.to(source.device, non_blocking=True)
         with without_autocast(source.device):
             for parameter in source.parameters:
                 if parameter.name in totals:
@@ -168,17 +172,18 @@ def _add_sum_of_kernels_(
     from .kernels.dense import add_dense_sum_drawn_
     from .kernels.update import add_low_rank_sum_, add_low_rank_sum_drawn_
 
-    keys, how = source.keys(parameter, chunk), (parameter.precision, parameter.rng, alpha, beta)
+    how = parameter.precision, parameter.rng, alpha, beta
     if parameter.kind == "dense":
-        add_dense_sum_drawn_(total, coefficients, keys, *how)
+        called(add_dense_sum_drawn_, total, coefficients, source.keys(parameter, chunk), *how)
         return
     # In the parameter's dtype: those are the numbers that the members saw.
     dtype = parameter.parameter.dtype
     factors = source.factors(parameter, chunk)
     if isinstance(factors, DrawnFactors):
-        add_low_rank_sum_drawn_(total, coefficients, keys, parameter.rank, dtype, *how)
+        called(add_low_rank_sum_drawn_, total, coefficients, factors.keys, parameter.rank, dtype, *how)
     else:
-        add_low_rank_sum_(total, coefficients, factors.A, factors.B, dtype, alpha, beta)
+        called(add_low_rank_sum_, total, coefficients, factors.A, factors.B, dtype, alpha, beta)
+    increment_version(total)  # PyTorch does not see what a kernel writes
 
 
 def _add_low_rank_sum_(total: Tensor, coefficients: Tensor, noise: perturbation.LowRank, beta: float) -> None:

@@ -55,7 +55,6 @@ class EggrollWeights:
         # What there is of each member in memory, and what carries its noise along, as factors or as keys.
         self._formed = [p for p in source.parameters if p.kind == "dense" and not source.drawn_by_kernels(p)]
         self._carrying = [p for p in source.parameters if p.kind == "low_rank" or source.drawn_by_kernels(p)]
-        self._numbers_of_member = sum(parameter.draw_size for parameter in source.parameters)
         self._prepared: _Prepared | None = None
 
     @cached_property
@@ -81,7 +80,7 @@ class EggrollWeights:
         if self._prepared is not None and self._prepared.chunk.members == members:
             return self._prepared
         prepared = _Prepared(self.source.chunk(members))
-        if len(members) * self._numbers_of_member <= _KEPT:
+        if len(members) * self.source.numbers_of_member <= _KEPT:
             self._prepared = prepared
         return prepared
 
@@ -95,7 +94,7 @@ class EggrollWeights:
                 scale, factors = source.low_rank_scale(parameter), source.factors(parameter, chunk)
                 drawn = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
             if scale not in scales:
-                scales[scale] = chunk.signs * scale
+                scales[scale] = (chunk.host_signs * scale).to(self.device, non_blocking=True)
             noise[parameter.name] = [scales[scale], *drawn]
         return noise
 
@@ -143,6 +142,6 @@ class EggrollWeights:
             if parameter.kind == "low_rank":
                 noise = self.source.noise_of_draw(parameter, chunk, index // self.members_per_draw)
                 assert isinstance(noise, LowRank)
-                scale = chunk.sign[index] * self.source.low_rank_scale(parameter)
+                scale = float(chunk.host_signs[index]) * self.source.low_rank_scale(parameter)
                 factors[parameter.name] = noise.A * scale, noise.B
         return factors

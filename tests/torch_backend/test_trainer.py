@@ -218,6 +218,54 @@ def test_sigma_may_change_between_generations():
     assert trainer.sigma == 9.0
 
 
+def _move_to_the_other_group(trainer: EGGROLLTrainer) -> None:
+    trainer.param_groups[1]["params"].append(trainer.param_groups[0]["params"].pop(0))
+
+
+CHANGES: dict[str, Callable[[EGGROLLTrainer], Any]] = {
+    "sigma": lambda trainer: setattr(trainer, "sigma", 0.3),
+    "the sigma of a group": lambda trainer: trainer.param_groups[0].update(sigma=0.3),
+    "its rank": lambda trainer: trainer.param_groups[0].update(rank=3),
+    "its noise": lambda trainer: trainer.param_groups[0].update(noise="dense"),
+    "a group": _move_to_the_other_group,
+    "what needs a gradient": lambda trainer: trainer.model[0].weight.requires_grad_(False),
+    "a dtype": lambda trainer: trainer.model.to(torch.bfloat16),
+    "a shape": lambda trainer: setattr(trainer.model[0].weight, "data", torch.ones(4, 5)),
+    "the kind of a layer": lambda trainer: setattr(trainer.model, "stack", _as_convolution(trainer.model.stack)),
+    "the key": lambda trainer: trainer.load_state_dict({**trainer.state_dict(), "key": [1, 2]}),
+    "the generation": lambda trainer: setattr(trainer, "generation", 7),
+}
+
+
+def _as_convolution(stack: nn.Module) -> nn.Module:
+    """A convolution with the weights of another module."""
+    convolution = nn.Conv1d(3, 4, 2, bias=False)
+    convolution.weight = stack.weight
+    return convolution
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_generations_counts(change: str):
+    """What is kept from one generation for the next is not what the change was about."""
+    model = mlp(3, 4, 2)
+    model.stack = nn.Module()
+    model.stack.weight = nn.Parameter(torch.zeros(4, 3, 2))
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": [*model[2].parameters(), model.stack.weight], "sigma": 1.0},
+    ]
+    trainer = make(model=model, params=groups, noise_dtype="param")
+    for _ in range(2):
+        trainer.ask()
+        trainer.tell(scores())
+    as_it_was = copy.deepcopy(trainer)
+    CHANGES[change](trainer)
+    anew = copy.deepcopy(trainer)  # which keeps nothing
+    members, expected, before = (of.ask().state_dict(3) for of in (trainer, anew, as_it_was))
+    assert_identical(members, expected)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in members.items())
+
+
 # What a generation tells.
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from eggroll_torch import ops, vectorising
-from eggroll_torch.vectorising import Info, batching_rule, called
+from eggroll_torch.vectorising import Info, batching_rule, called, vectorised
 
 
 @torch.library.custom_op("eggroll_tests::scaled", mutates_args=())
@@ -85,6 +86,34 @@ def test_it_is_not_called_through_torch_library(monkeypatch: pytest.MonkeyPatch)
     )
     expected = x @ (weight + A @ B.mT).mT
     torch.testing.assert_close(run(x, member), expected)
+
+
+def test_outside_of_torch_vmap_it_is_its_function_unless_something_watches(monkeypatch: pytest.MonkeyPatch):
+    with FakeTensorMode() as fakes:
+        watched = called(scaled, *map(fakes.from_tensor, (X,)), 2.0, [fakes.from_tensor(ONE)], None)
+    assert isinstance(watched, FakeTensor)
+    monkeypatch.setattr(type(scaled), "__call__", refuse)
+    assert torch.equal(called(scaled, X, 2.0, [ONE], None), 2 * X + 1)
+    with FakeTensorMode(), pytest.raises(AssertionError, match="called through"):
+        called(scaled, X, 2.0, [ONE], None)
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_as_torch_vmap(randomness: str, here: bool, monkeypatch: pytest.MonkeyPatch):
+    def function(x: Tensor, row: Tensor) -> list[Tensor]:
+        return [x @ row, X, torch.rand(2)]
+
+    torch.manual_seed(0)
+    expected = torch.vmap(function, randomness=randomness)(X, X)
+    if not here:
+        monkeypatch.setattr(vectorising, "maybe_current_level", None)
+    torch.manual_seed(0)
+    actual = vectorised(function, [X, X], randomness)  # type: ignore[arg-type]
+    assert all(map(torch.equal, actual, expected))
+    with pytest.raises(ZeroDivisionError):
+        vectorised(lambda x: [x / 0, 1 / 0], [X], randomness)  # type: ignore[arg-type]
+    assert vectorising.maybe_current_level is None or vectorising.maybe_current_level() is None
 
 
 def refuse(*args: Any) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..totals import add_, scale_
 from .drawing import blocks_of, normals
-from .launch import DTYPES, launch, narrow_table, power_of_two, splits
+from .launch import DTYPES, cdiv, launch, narrow_table, power_of_two, splits
 from .portable import narrow
 from .threefry import key_at
 
@@ -60,7 +60,7 @@ def dense_of_members(
         at_once = _BLOCK // columns
         launch(
             _members_kernel,
-            (triton.cdiv(size, columns) * triton.cdiv(draws, at_once),),
+            (cdiv(size, columns) * cdiv(draws, at_once),),
             *(weight.contiguous(), keys.contiguous(), scales.contiguous(), narrow_table(precision, keys), out),
             *(draws, size, len(scales) // draws),
             device=weight.device,
@@ -125,9 +125,9 @@ def add_dense_sum_drawn_(
         return
     columns = power_of_two(size, 4, 256)
     at_once = _BLOCK // columns
-    blocks = triton.cdiv(size, columns)
+    blocks = cdiv(size, columns)
     parts = splits(blocks, draws * columns, total.device)
-    length = triton.cdiv(triton.cdiv(draws, parts), at_once) * at_once
+    length = cdiv(cdiv(draws, parts), at_once) * at_once
     partial = total.new_empty(parts, size, dtype=torch.float32)
     launch(
         _dense_sum_kernel,

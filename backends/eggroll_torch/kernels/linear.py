@@ -24,7 +24,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS, activate
 from .drawing import blocks_of, normals
 from .factors import factor, pinned, spread
-from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
+from .launch import DTYPES, Source, cdiv, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .portable import INTERPRETED, narrow, product
 from .threefry import key_at
 
@@ -117,13 +117,13 @@ def _project(x: Tensor, source: Source, draws: int, rank: int) -> Tensor:
         block_k = max(128, 2048 // block_r) // columns
     if INTERPRETED:
         block_k = power_of_two(in_features, 16, 32)
-    blocks = draws * triton.cdiv(rows, block_r)
+    blocks = draws * cdiv(rows, block_r)
     parts = splits(blocks, in_features, x.device)
-    length = triton.cdiv(triton.cdiv(in_features, parts), block_k) * block_k
+    length = cdiv(cdiv(in_features, parts), block_k) * block_k
     out = x.new_empty(parts, draws * rows, rank, dtype=torch.float32)
     launch(
         _project_kernel,
-        (blocks, parts, triton.cdiv(rank, columns)),
+        (blocks, parts, cdiv(rank, columns)),
         *(x, *x.stride(), *source.arguments, narrow_table(source.precision, source.values), out),
         *(rows, in_features, rank, length, draws * rows),
         device=x.device,
@@ -276,7 +276,7 @@ def _fitting(configurations: list[triton.Config], arguments: dict[str, Any], **_
 
     From 64 rows on the tensor cores of Hopper have other instructions, which do not add up as those for fewer do.
     """
-    m, n = (max(32, triton.next_power_of_2(arguments[name])) for name in ("all_rows", "out_features"))
+    m, n = (max(32, power_of_two(arguments[name])) for name in ("all_rows", "out_features"))
     fitting = [c for c in configurations if c.kwargs["BLOCK_M"] <= m and c.kwargs["BLOCK_N"] <= n]
     high = [c for c in fitting if c.kwargs["BLOCK_M"] >= 64]
     return high or fitting or configurations[-1:]
@@ -351,12 +351,12 @@ def _linear(
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": warps, "num_stages": stages}
     launch(
         kernel,
-        lambda meta: (triton.cdiv(members * rows, meta["BLOCK_M"]) * triton.cdiv(out_features, meta["BLOCK_N"]),),
+        lambda meta: (cdiv(members * rows, meta["BLOCK_M"]) * cdiv(out_features, meta["BLOCK_N"]),),
         *(lines, *lines.stride(), weight, *weight.stride(), base),
         *(x if given is None else given.contiguous() for given in (bias, bias_keys, bias_scales)),
         *(*A.arguments, narrow_table(precision, signs), _project(x, B, draws, rank), signs.contiguous(), scale, out),
         *(members * rows, out_features, in_features, rows, rows_of_draw, rank),
-        triton.next_power_of_2(members * rows),
+        power_of_two(members * rows),
         device=x.device,
         **constants,
     )

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..vectorising import called
 from .drawing import blocks_of, normals
-from .launch import DTYPES, launch, narrow_table, power_of_two
+from .launch import DTYPES, cdiv, launch, narrow_table, power_of_two
 from .portable import narrow
 from .threefry import fold_in as _fold_in_registers
 from .threefry import key_at
@@ -45,7 +46,7 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
         size = len(data) * len(keys)
         launch(
             _fold_in_kernel,
-            (triton.cdiv(size, _BLOCK),),
+            (cdiv(size, _BLOCK),),
             *(keys.contiguous(), data.contiguous(), out, size, len(data)),
             device=keys.device,
             BLOCK=_BLOCK,
@@ -119,7 +120,7 @@ def draw_rows(
         at_once = _BLOCK // columns
         launch(
             _rows_kernel,
-            (triton.cdiv(length, columns) * triton.cdiv(rows, at_once),),
+            (cdiv(length, columns) * cdiv(rows, at_once),),
             *(keys.contiguous(), key_of.contiguous(), counter.contiguous(), narrow_table(precision, keys), out),
             *(rows, length, n_keys),
             device=keys.device,
@@ -191,7 +192,8 @@ def draw_factors(
         `A`, of shape ``(draws, out_features, rank)``, and `B`, ``(draws, in_features, rank)``, in `dtype`: views of
         one tensor in which the stride of the features is 1.
     """
-    both = draw_both_factors(keys, coefficients, rank, in_features, out_features, precision, rng, dtype)
+    how = rank, in_features, out_features, precision, rng, dtype
+    both = called(draw_both_factors, keys, coefficients, *how)
     B, A = both.mT.split([in_features, out_features], dim=1)
     return A, B
 
@@ -212,13 +214,13 @@ def draw_both_factors(
     out = keys.new_empty(draws, rank, features, dtype=dtype)
     columns = power_of_two(max(in_features, out_features), 4, _BLOCK)
     at_once = _BLOCK // columns
-    tiles = triton.cdiv(in_features, columns) + triton.cdiv(out_features, columns)
+    tiles = cdiv(in_features, columns) + cdiv(out_features, columns)
     if out.numel() == 0:
         return out
     keys = keys.contiguous()
     launch(
         _factors_kernel,
-        (tiles * triton.cdiv(draws * rank, at_once),),
+        (tiles * cdiv(draws * rank, at_once),),
         *(keys, keys if coefficients is None else coefficients.contiguous(), narrow_table(precision, keys), out),
         *(draws, rank, features, in_features),
         device=keys.device,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..totals import add_, scale_
 from .drawing import blocks_of
 from .factors import factor, pinned
-from .launch import DTYPES, Source, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
+from .launch import DTYPES, Source, cdiv, dot_precision, drawn, launch, narrow_table, power_of_two, splits, stored
 from .noise import draw_factors
 from .portable import INTERPRETED, narrow, product
 
@@ -101,9 +101,9 @@ def _add_sum_(
     block_m, block_n, block_k, warps, stages = _tile(
         out_features, in_features, coefficients is not None, A.drawn, dtype
     )
-    tiles = triton.cdiv(out_features, block_m) * triton.cdiv(in_features, block_n)
+    tiles = cdiv(out_features, block_m) * cdiv(in_features, block_n)
     parts = splits(tiles, terms, total.device)
-    length = triton.cdiv(triton.cdiv(terms, parts), block_k) * block_k
+    length = cdiv(cdiv(terms, parts), block_k) * block_k
     partial = total if parts == 1 else total.new_empty(parts, *total.shape, dtype=torch.float32)
     launch(
         _update_kernel,

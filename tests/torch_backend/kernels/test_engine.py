@@ -91,13 +91,13 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 def drawn_into_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[int]:
     """Of each time that a kernel draws factors into memory, during one generation, for how many draws."""
-    draw, calls = kernels_noise.draw_both_factors, []
+    draw, calls = kernels_noise.draw_both_factors._init_fn, []
 
     def counted(keys: Tensor, *rest: Any) -> Tensor:
         calls.append(len(keys))
         return draw(keys, *rest)
 
-    monkeypatch.setattr(kernels_noise, "draw_both_factors", counted)
+    monkeypatch.setattr(kernels_noise.draw_both_factors, "_init_fn", counted)
     trainer_of(torch.bfloat16, device, **options).step()
     return calls
 
@@ -250,12 +250,14 @@ def test_a_fused_step_is_the_step(dtype: torch.dtype, chunk_size: int | None, de
     for way in WAYS:
         with way():
             plain, fused = (trainer_of(dtype, device, fused=fused, **how) for fused in (False, True))
+            versions = [parameter._version for parameter in fused.model.parameters()]
             for trainer in (plain, fused):
                 trainer.ask()
                 trainer.tell(fitness)
             for ours, theirs in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
                 close(ours.detach(), theirs.detach(), dtype)
                 assert ours.grad is None
+            assert all(p._version > old for p, old in zip(fused.model.parameters(), versions, strict=True))
 
 
 def test_a_fused_step_has_no_direction_in_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch):
