@@ -12,7 +12,7 @@ from torch._library.custom_ops import CustomOpDef
 
 __all__ = ["Info", "batching_rule", "called"]
 
-try:  # what `torch.vmap` is made of, in PyTorch 2.9 to 2.13
+try:  # what `torch.vmap` is made of, in PyTorch 2.9 to 2.15
     from torch._C._functorch import _add_batch_dim, _unwrap_batched, maybe_current_level
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 except ImportError:
