@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = ["Info", "batching_rule", "called", "vectorised"]
 
-try:  # what `torch.vmap` is made of, in PyTorch 2.9 to 2.13
+try:  # what `torch.vmap` is made of, in PyTorch 2.9 to 2.15
     from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _unwrap_batched, maybe_current_level
     from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
     from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting

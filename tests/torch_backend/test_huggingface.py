@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -100,9 +101,12 @@ def alone(population: Any, index: int, call: Callable[[nn.Module], Any]) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_members(name: str, chunk_size: int | None, per_member: bool) -> None:
     inputs = MODELS[name][1](MEMBERS if per_member else None)
-    options = {"population_size": MEMBERS, "rank": 2, "sigma": 0.1, "strict": True}
+    # With PyTorch before 2.11 a mixture asks where the input of its experts is in memory: a vmap has no answer.
+    asks = name == "mixtral" and torch.__version__ < (2, 11)
+    options = {"population_size": MEMBERS, "rank": 2, "sigma": 0.1, "strict": not asks}
     population = make_trainer(model_of(name), noise_reuse=2, chunk_size=chunk_size, **options).ask()
-    outputs = population(**inputs, per_member=per_member)
+    with pytest.warns(MaterialisedWarning, match="access data pointer") if asks else nullcontext():
+        outputs = population(**inputs, per_member=per_member)
     for i in range(MEMBERS):
         mine = {key: value[i] if per_member else value for key, value in inputs.items()}
         expected = alone(population, i, lambda model, mine=mine: model(**mine))
