@@ -13,7 +13,6 @@ from torch_backend.kernels.test_engine import close, on_the_fly, without_kernels
 
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import ops
-from eggroll_torch.kernels import dense
 
 MEMBERS, ROWS, IN, OUT = 6, 3, 4, 5
 
@@ -50,13 +49,13 @@ def compare(
     monkeypatch: pytest.MonkeyPatch, does: Does, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> int:
     """Members are those without kernels; how often a kernel put dense noise into memory."""
-    form, formed = dense.dense_of_members, []
+    form, formed = ops._dense_of_members, []
 
     def counted(weight: Tensor, *rest: Any) -> Tensor:
         formed.append(weight)
         return form(weight, *rest)
 
-    monkeypatch.setattr(dense, "dense_of_members", counted)
+    monkeypatch.setattr(ops, "_dense_of_members", counted)
     found = outputs(does, dtype, device, **options)
     with without_kernels():
         close(found, outputs(does, dtype, device, **options), dtype)
