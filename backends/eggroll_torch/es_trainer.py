@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -170,9 +171,11 @@ class VanillaESTrainer(ESTrainer):
     """
 
     def sample_perturbations(self, population_size: int) -> Tensor:
-        generation_key = threefry.fold_in(self._base_key.to(torch.int32), threefry.word(self.generation))
+        generation_key = torch.from_numpy(
+            threefry.folded(self._base_key.numpy()[None], self.generation).view(np.int32)
+        )
         members = torch.arange(population_size, dtype=torch.int32, device="cpu")
-        keys = threefry.fold_in(generation_key, members)
+        keys = threefry.fold_in(generation_key[0], members)
         size = sum(parameter.numel() for parameter in self._trainable.values())
         rows = Rows([Draws(1, (size,))], self.device)
         return rows.normals(keys.unsqueeze(1).to(self.device))[0].squeeze(1)

@@ -363,7 +363,7 @@ def _generation_keys(
     parameters: Sequence[ParameterNoise], keys: dict[str, Tensor], generation: int, config: EggrollConfig
 ) -> Tensor:
     """The key of every layer of every parameter in a generation, int32 of shape ``(n_keys, 2)``."""
-    epoch = 0 if config.noise_lifetime is None else generation // config.noise_lifetime
+    epoch = perturbation.draw_epoch(generation, config)
     layers = [
         perturbation.stacked_keys(keys[parameter.name].numpy(), parameter.stack).reshape(-1, 2)
         for parameter in parameters

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eggroll import prng
 
-__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "folded", "seed_of", "word"]
+__all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "folded", "seed_of"]
 
 _log = logging.getLogger("eggroll")
 
@@ -89,11 +89,6 @@ def seed_of(key: Tensor, data: int) -> int:
     """
     high, low = folded(key.numpy().view(np.uint32)[None], data)[0].tolist()
     return (high << 32) | low
-
-
-def word(value: int) -> Tensor:
-    """A number to fold into keys on the host, int32, whatever PyTorch's default device is."""
-    return torch.tensor(value, dtype=torch.int32, device="cpu")
 
 
 def bits(k0: Tensor, k1: Tensor, counter: Tensor) -> Tensor:
