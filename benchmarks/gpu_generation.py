@@ -320,9 +320,8 @@ def methods(
             keys = fold_in(key, draws)[:, 0]
             return linear_of_members_drawn(x, weight, None, keys, case.rank, signs, SCALE, rng=rng, fused=fused)
 
-        def update_of_library() -> torch.Tensor:
-            left = (A.mT * coefficients.view(-1, 1, 1)).to(A.dtype)
-            return total.addmm_(left.flatten(0, 1).mT, B.mT.flatten(0, 1), alpha=1e-6)
+        def update(fused: bool) -> None:
+            add_low_rank_sum_(total, coefficients, A, B, torch.bfloat16, 1e-6, fused=fused)
 
         chosen["forward, drawn"] = lambda: on_the_fly
         chosen["forward, Philox"] = lambda: lambda: on_the_fly(rng="philox")
@@ -331,10 +330,8 @@ def methods(
             chosen["forward, one kernel"] = lambda: lambda: on_the_fly(fused=True)
             chosen["forward, library"] = lambda: lambda: on_the_fly(fused=False)
             # The same sum, with factors that are in memory.
-            chosen["update, one kernel"] = lambda: (
-                lambda: add_low_rank_sum_(total, coefficients, A, B, torch.bfloat16, 1e-6)
-            )
-            chosen["update, library"] = lambda: update_of_library
+            chosen["update, one kernel"] = lambda: lambda: update(fused=True)
+            chosen["update, library"] = lambda: lambda: update(fused=False)
         chosen["forward, stored"] = lambda: lambda: linear_of_members(x, weight, None, A, B, signs, SCALE)
     return chosen
 

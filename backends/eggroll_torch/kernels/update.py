@@ -6,6 +6,9 @@ and added in a fixed order, so a run gives the same bits every time.
 Noise that is not in memory is drawn in the loader where every number is needed by one tile only. A larger matrix has
 many tiles that need the same number: it would be drawn for each of them, at a hundred instructions a time. There the
 noise of a chunk of draws is drawn once, into a buffer smaller than the matrix.
+
+Large sums in the dtype of the factors are the library's: few terms between long reads and writes, which it overlaps
+better than Triton.
 """
 
 from typing import Any
@@ -28,7 +31,9 @@ __all__ = ["add_low_rank_sum_", "add_low_rank_sum_drawn_"]
 # need more than one buffer read and write all of the total for each.
 _BYTES_FOR_AN_ELEMENT = 2
 _SMALL_BUFFER = 16 << 20
-# Features in and out from which on a narrow product is worth the largest tiles.
+# Features in and out from which on the library multiplies or, where it cannot, a narrow product is worth the largest
+# tiles. Estimated: at 8192 features and 512 terms it takes 120 to 140 microseconds, and those tiles 150 to 200, since
+# all that they read comes through the L2 cache. `make bench-gpu` times both.
 _LARGE = 2048
 
 
@@ -147,9 +152,17 @@ def _tile(
     return m, n, 32 if scaled else 64, 8 if m * n > 8192 else 4, 3
 
 
-def _is_large(total: Tensor, dtype: torch.dtype) -> bool:
-    """Whether it pays to scale `A` beforehand, so that it can be copied past the registers."""
-    return dtype != torch.float32 and min(total.shape) >= _LARGE
+def _add_scaled_(
+    total: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, alpha: float, beta: float, fused: bool | None
+) -> None:
+    """``total = beta * total + alpha * sum_d A_d @ B_d.T``, of factors in memory with the features side by side."""
+    draws, _, rank = A.shape
+    if fused is None:
+        fused = total.dtype != dtype or min(total.shape) < _LARGE
+    if fused:
+        _add_sum_(total, None, stored(A), stored(B), draws, rank, dtype, alpha, beta)
+    else:
+        total.addmm_(A.mT.flatten(0, 1).mT, B.to(dtype).mT.flatten(0, 1), alpha=alpha, beta=beta)
 
 
 def _scaled(A: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,6 +197,7 @@ def add_low_rank_sum_(
     dtype: torch.dtype | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
+    fused: bool | None = None,
 ) -> None:
     """``total = beta * total + alpha * sum_d c_d * A_d @ B_d.T`` in float32, from factors in memory.
 
@@ -195,15 +209,19 @@ def add_low_rank_sum_(
         dtype: what ``c * A`` and `B` are rounded to before they are multiplied; by default that of `A`.
         alpha: see above.
         beta: with 0 what `total` holds does not matter, as in `torch.addmm`.
+        fused: whether a kernel multiplies; by default unless `total` is large and has the dtype of the product, which
+            is then the library's.
     """
     dtype = A.dtype if dtype is None else dtype
     _check(total, dtype)
     draws, _, rank = A.shape
     if total.numel() and draws:
-        c: Tensor | None = coefficients.float().contiguous()
-        if _is_large(total, dtype):
-            A, c = _scaled(A, coefficients, dtype), None
-        _add_sum_(total, c, stored(A), stored(B), draws, rank, dtype, alpha, beta)
+        # Scaled beforehand what the library multiplies, or a kernel can copy past the registers.
+        if min(total.shape) >= _LARGE and (total.dtype == dtype or dtype != torch.float32):
+            _add_scaled_(total, _scaled(A, coefficients, dtype), B, dtype, alpha, beta, fused)
+        else:
+            c = coefficients.float().contiguous()
+            _add_sum_(total, c, stored(A), stored(B), draws, rank, dtype, alpha, beta)
     else:
         scale_(total, beta)
 
@@ -219,6 +237,7 @@ def add_low_rank_sum_drawn_(
     rng: str = "threefry",
     alpha: float = 1.0,
     beta: float = 1.0,
+    fused: bool | None = None,
 ) -> None:
     """`add_low_rank_sum_` whose noise is drawn from its keys, into a buffer no larger than `total` in 16 bits.
 
@@ -229,6 +248,7 @@ def add_low_rank_sum_drawn_(
         rank: columns of each factor.
         dtype: what the factors are rounded to before they are multiplied.
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
+        alpha, beta, fused: see there.
     """
     _check(total, dtype)
     out_features, in_features = total.shape
@@ -250,7 +270,7 @@ def add_low_rank_sum_drawn_(
         here = slice(start, start + step)
         A, B = draw_factors(keys[here], coefficients[here], rank, in_features, out_features, precision, rng, dtype)
         scales = (1.0, 1.0) if wide else (alpha, 1.0 if start else beta)
-        _add_sum_(summed, None, stored(A), stored(B), len(A), rank, dtype, *scales)
+        _add_scaled_(summed, A, B, dtype, *scales, fused)
     if wide:
         add_(total, summed, alpha, beta)
 
