@@ -2,33 +2,35 @@
 
     python benchmarks/host_time.py
 
-First a generation on a GPU, which has to wait for the host, or works through what it was handed before: linear layers
-that are too narrow for the arithmetic to count, on the CPU, which is taken to have the kernels. Where these would be
-launched nothing happens, so what Triton takes for a launch, 2 to 4 for a layer, is to be added; the rest of a GPU's
-operations is launched about as fast as a CPU's are called.
+First a generation on a GPU, which has to wait for the host, or works through what it was handed before: linear
+layers that are too narrow for the arithmetic to count, on the CPU, which is taken to have the kernels. Triton
+launches them on a GPU that does nothing, so what the driver takes for a launch, 2 to 4 for a layer, is to be added;
+the rest of a GPU's operations is launched about as fast as a CPU's are called.
 
 Then calls in a row, as in a game of hundreds of steps: policies 8-64-64-4 on the CPU, an observation each, beside the
 same products with the weights of all members in memory, which is next to nothing but arithmetic.
 """
 
 import contextlib
-import importlib
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import nn
 from torch_generation import machine
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import kernels
 
 WIDTH, MEMBERS = 8, 1024
 LAYERS = (1, 17)
-LAUNCHING = ("dense", "linear", "noise", "update")
 GENERATIONS = 200
 POLICY, PLAYERS, STEPS = (8, 64, 64, 4), (64, 512), 500
 
@@ -90,15 +92,54 @@ def steps_of_game(members: int, compile: bool | dict | None) -> float:
     return 1e6 * statistics.median(times[20:])
 
 
+class IdleDriver:
+    """A GPU, as far as Triton asks before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return lambda call, **options: [1.0] * 3
+
+
+class IdleKernel(CompiledKernel):
+    """What stands for a kernel that was compiled."""
+
+    function = packed_metadata = None
+
+    def __init__(self) -> None:
+        pass
+
+    def _init_handles(self) -> None:
+        pass
+
+    def launch_metadata(self, grid: Any, stream: int, *arguments: Any) -> None:
+        pass
+
+    def run(self, *arguments: Any) -> None:
+        pass
+
+
+def compiled(kernel: Any, key: Any, signature: Any, device: int, *how: Any) -> IdleKernel:
+    """In the place of Triton's compiler."""
+    return kernel.device_caches[device][0].setdefault(key, IdleKernel())
+
+
 @contextlib.contextmanager
 def kernels_that_do_nothing() -> Iterator[None]:
     """The CPU as a device that has the kernels, to look at it from outside."""
     there = kernels.Status(True, "for a benchmark", None, None)
-    modules = [importlib.import_module(f"eggroll_torch.kernels.{name}") for name in LAUNCHING]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(kernels, "status", lambda device=None, rng="threefry": there))
-        for module in modules:
-            stack.enter_context(patch.object(module, "launch", lambda *arguments, **constants: None))
+    with (
+        patch.object(kernels, "status", lambda device=None, rng="threefry": there),
+        patch.object(triton.runtime.driver, "_active", IdleDriver()),
+        patch.object(triton.JITFunction, "_do_compile", compiled),
+    ):
         yield
 
 

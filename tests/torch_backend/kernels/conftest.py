@@ -14,7 +14,13 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NEED_NO_KERNEL = {"test_status.py", "test_benchmark.py", "test_compilation.py", "test_interpreted.py"}
+NEED_NO_KERNEL = {
+    "test_status.py",
+    "test_benchmark.py",
+    "test_compilation.py",
+    "test_interpreted.py",
+    "test_launch.py",
+}
 NEED_KERNELS = sorted({path.name for path in Path(__file__).parent.glob("test_*.py")} - NEED_NO_KERNEL)
 
 if INTERPRETED:
