@@ -111,7 +111,7 @@ class IdleDriver:
 class IdleKernel(CompiledKernel):
     """What stands for a kernel that was compiled."""
 
-    function = packed_metadata = None
+    module = function = packed_metadata = None
 
     def __init__(self) -> None:
         pass

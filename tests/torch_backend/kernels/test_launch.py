@@ -58,7 +58,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     found: list[Any] = []
 
     class Compiled(CompiledKernel):
-        function = packed_metadata = None
+        module = function = packed_metadata = None
 
         def __init__(self, options: Any):
             self.options = options
