@@ -5,8 +5,8 @@ from . import rules as rules
 from .es_trainer import ESTrainer as ESTrainer
 from .es_trainer import VanillaESTrainer as VanillaESTrainer
 from .memory import MemoryEstimate as MemoryEstimate
-from .perturbed import MaterialisedWarning as MaterialisedWarning
-from .perturbed import UnsupportedOperationError as UnsupportedOperationError
+from .policy import MaterialisedWarning as MaterialisedWarning
+from .policy import UnsupportedOperationError as UnsupportedOperationError
 from .population import Population as Population
 from .trainer import EGGROLLTrainer as EGGROLLTrainer
 

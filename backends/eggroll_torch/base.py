@@ -19,8 +19,10 @@ from . import threefry
 from .chunking import Chunking, ChunkSize
 from .compiling import Compile, Compiler
 from .fitness import Nonfinite, as_finite, as_fitness, member_fitness
+from .forward import Randomness
+from .member_weights import MemberWeights
 from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
-from .population import MemberWeights, Population, Randomness
+from .population import Population
 from .processes import Processes, check_same
 from .swap import check_is_itself, uninterrupted
 

@@ -16,8 +16,9 @@ from .chunking import ChunkSize
 from .compiling import Compile
 from .drawing import Draws, Rows
 from .fitness import Nonfinite
-from .perturbed import Policy
-from .population import MemberWeights, Randomness
+from .forward import Randomness
+from .member_weights import MemberWeights
+from .policy import Policy
 from .processes import Distributed, Processes
 from .swap import seeded
 

@@ -19,7 +19,7 @@ from torch._functorch import vmap as functorch_vmap
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from . import ops
+from . import member_ops
 from .autocast import autocasts
 from .derivatives import differentiates
 from .perturbed import accepts, formed, unwrapped
@@ -91,7 +91,7 @@ class MemberMode(TorchFunctionMode):
         """Uniform numbers on [0, 1), the next ones of the member, float32."""
         call = self._calls
         self._calls += 1
-        return called(ops.member_uniform, self._key, call, self._member, list(shape))
+        return called(member_ops.member_uniform, self._key, call, self._member, list(shape))
 
 
 _MADE = {
@@ -204,7 +204,7 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention`, whose dropout is the member's own."""
     q, k, v = unwrapped(q), unwrapped(k), unwrapped(v)
     if dropout_p == 0 and not differentiates():
-        return called(ops.attention, q, k, v, mask, is_causal, scale, enable_gqa)
+        return called(member_ops.attention, q, k, v, mask, is_causal, scale, enable_gqa)
     if dropout_p == 0 and _level() is None:
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:

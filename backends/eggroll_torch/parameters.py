@@ -57,6 +57,11 @@ class ParameterNoise:
         return None if self.kind == "dense" or shape == (*self.stack, *self.layer) else shape
 
     @property
+    def scale(self) -> float:
+        """What its noise, ``A @ B.T`` or ``Z``, is multiplied with, apart from the sign."""
+        return self.sigma / math.sqrt(self.rank) if self.kind == "low_rank" else self.sigma
+
+    @property
     def draws(self) -> tuple[perturbation.Draw, ...]:
         """What is drawn from the key of one layer: for low rank what the factors are made of, else one vector."""
         if self.kind == "low_rank":

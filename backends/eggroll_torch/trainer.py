@@ -19,11 +19,13 @@ from .chunking import Chunking, ChunkSize, chunk_ranges
 from .compiling import Compile
 from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
+from .forward import Randomness
+from .member_weights import MemberWeights
 from .memory import MemoryEstimate
 from .noise import NoiseSource
 from .parameters import ParameterNoise, circumstances, describe_parameters, model_keys
-from .perturbed import Policy
-from .population import MemberWeights, Population, Randomness
+from .policy import Policy
+from .population import Population
 from .processes import Distributed, Processes
 from .sgd import check_plain_sgd, plain_sgd_steps
 from .weights import EggrollWeights

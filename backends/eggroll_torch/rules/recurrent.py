@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..autocast import autocast_operands
 from ..member_mode import FUNCTIONS, dropout
-from ..perturbed import PerturbedWeight, UnsupportedOperationError, rule
+from ..perturbed import PerturbedWeight, rule
+from ..policy import UnsupportedOperationError
 from .autocasting import linear
 
 Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
