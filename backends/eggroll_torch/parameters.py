@@ -190,11 +190,6 @@ def _layout(
     return "dense", (), shape
 
 
-def flatten_groups(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The parameters of all groups, in order."""
-    return [parameter for group in param_groups for parameter in group["params"]]
-
-
 def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:
     """The key of a run from its seed: an int, or a key of two words. uint32, shape ``(2,)``, on the CPU."""
     import array_api_compat.torch as xp

@@ -13,13 +13,14 @@ from eggroll import EggrollConfig
 from eggroll.config import as_bool, as_choice, as_positive_float
 
 from . import kernels, update
-from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .base import FitnessFn, PopulationFitnessFn, Trainer
 from .choices import OPTIONS, choices_by_name
 from .chunking import Chunking, ChunkSize, chunk_ranges
 from .compiling import Compile
 from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
 from .forward import Randomness
+from .groups import OptimizerFactory
 from .member_weights import MemberWeights
 from .memory import MemoryEstimate
 from .noise import NoiseSource
@@ -173,19 +174,19 @@ class EGGROLLTrainer(Trainer):
         super().__init__(
             params,
             model,
-            fitness_fn,
-            population_fitness_fn,
-            population_size,
-            learning_rate,
-            optimizer,
-            device,
-            seed,
-            chunk_size,
-            compile,
-            nonfinite,
-            randomness,
-            snapshots,
-            processes,
+            fitness_fn=fitness_fn,
+            population_fitness_fn=population_fitness_fn,
+            population_size=population_size,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            device=device,
+            seed=seed,
+            chunk_size=chunk_size,
+            compile=compile,
+            nonfinite=nonfinite,
+            randomness=randomness,
+            snapshots=snapshots,
+            processes=processes,
         )
 
     @property
