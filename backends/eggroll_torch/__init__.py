@@ -1,7 +1,7 @@
 """EGGROLL for PyTorch. Import it as `eggroll.torch`."""
 
 from . import kernels as kernels
-from . import rules as rules
+from . import rules as rules  # registers what PyTorch's functions do with perturbed weights
 from .es_trainer import ESTrainer as ESTrainer
 from .es_trainer import VanillaESTrainer as VanillaESTrainer
 from .memory import MemoryEstimate as MemoryEstimate
