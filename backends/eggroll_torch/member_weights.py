@@ -22,7 +22,6 @@ class MemberWeights(Protocol):
     """int32, shape ``(2,)``, on the CPU: the key of what is random apart from the noise, such as dropout."""
     policy: Policy
     """What to do where the model cannot be vectorised as it is."""
-
     numbers_in_a_draw: int
     """Numbers drawn for a member, or for a pair."""
 
