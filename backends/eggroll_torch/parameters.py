@@ -16,7 +16,15 @@ from eggroll import EggrollConfig, perturbation, prng
 
 from .choices import OPTIONS, Choice
 
-__all__ = ["ParameterNoise", "describe_parameters", "named_trainable"]
+__all__ = [
+    "ParameterNoise",
+    "base_key_of",
+    "circumstances",
+    "describe_parameters",
+    "fresh_seed",
+    "model_keys",
+    "named_trainable",
+]
 
 Kind = Literal["low_rank", "dense"]
 
@@ -122,16 +130,16 @@ def describe_parameters(
     model: nn.Module,
     trainable: dict[str, nn.Parameter],
     config: EggrollConfig,
-    choices: Mapping[str, Choice] | None = None,
+    choices: Mapping[str, Choice],
 ) -> list[ParameterNoise]:
-    """The noise of every perturbed parameter, in canonical order.
+    """The noise of every perturbed parameter, in canonical order, from what was chosen by name.
 
     Those that were chosen to be frozen are left out, and with `freeze_nonlora` the dense ones.
     """
     convolutions = _convolution_kernels(model)
     described = []
     for name in perturbation.canonical_order(trainable):
-        parameter, choice = trainable[name], (choices or {}).get(name, Choice())
+        parameter, choice = trainable[name], choices.get(name, Choice())
         kind, stack, layer = _layout(name, parameter, id(parameter) in convolutions, choice.noise)
         if choice.noise == "frozen" or (kind == "dense" and config.freeze_nonlora):
             continue
