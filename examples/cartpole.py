@@ -6,6 +6,7 @@ CartPole of Gymnasium, a game of at most 500 steps. A step of all games is one c
 generation costs about as much as a single policy that plays as many games at a time.
 """
 
+import argparse
 import time
 
 import gymnasium
@@ -22,8 +23,8 @@ def play(policies, environments, seed: int) -> torch.Tensor:
     """How many steps each game lasts, float32, one for every environment.
 
     Args:
-        policies: observations, one for each environment, to as many pairs of scores of the two actions.
-        environments: a vector of them.
+        policies: from observations, shape ``(environments, 4)``, to scores of the two actions, ``(environments, 2)``.
+        environments: a vector environment of Gymnasium.
         seed: of their starts.
     """
     observations, _ = environments.reset(seed=seed)
@@ -70,4 +71,8 @@ def main(generations: int = 30, seed: int = 0, verbose: bool = True) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generations", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and starts (default: %(default)s)")
+    options = parser.parse_args()
+    main(options.generations, options.seed)

@@ -1,4 +1,4 @@
-"""Train a Flax nnx classifier on the digits of scikit-learn by its accuracy-like score, without gradients.
+"""Train a Flax nnx classifier on the digits of scikit-learn from its cross-entropy, without a gradient of it.
 
     python examples/jax_nnx_digits.py
 
@@ -66,7 +66,7 @@ def main(generations: int = 300, population_size: int = 256) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--generations", type=int, default=300)
-    parser.add_argument("--population-size", type=int, default=256)
+    parser.add_argument("--generations", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--population-size", type=int, default=256, help="members (default: %(default)s)")
     options = parser.parse_args()
     main(options.generations, options.population_size)

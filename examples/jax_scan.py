@@ -5,6 +5,8 @@
 Fits a step function, whose score has no gradient, with a plain-function MLP and an optax chain.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -61,4 +63,6 @@ def main(generations: int = 100) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generations", type=int, default=100, help="default: %(default)s")
+    main(parser.parse_args().generations)

@@ -23,8 +23,9 @@ class Matrix:
         columns: the axis, or axes, that rows of ``B`` belong to.
 
     Every axis named in neither stacks layers, each with noise of its own. Several axes are flattened in the order
-    given. The noise is drawn for ``B`` first (design: as if `rows` were the output axis), so ``Matrix(rows=-1,
-    columns=-2)`` gives a Flax kernel ``(in, out)`` the transpose of the noise that ``(out, in)`` would get.
+    given. Noise is drawn as if `rows` were the output features and `columns` the input features of a PyTorch weight
+    ``(out, in)``: ``Matrix(rows=-1, columns=-2)`` gives a Flax kernel ``(in, out)`` the transpose of that weight's
+    noise.
 
     Example:
         >>> Matrix(rows=0, columns=(1, 2))          # a query kernel (features, heads, head_dim)

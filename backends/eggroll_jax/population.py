@@ -162,29 +162,7 @@ def evaluation_of(
                 # What was traced outside is tied to the mesh that the user has set there, if any.
                 one = [_one_member(_one_member(arg)) if own else arg for arg, own in zip(args, stacked, strict=True)]
                 call = trace(of_arrays, inputs.arrays, one, stacked).call
-
-            def of_draw(keys: Array, signs: Array, *args: Any) -> list[Array]:
-                noise = draw(chosen, keys, config)
-
-                def of_member(sign: Array, *args: Any) -> list[Array]:
-                    leaves = perturbed(chosen, inputs.arrays, noise, sign, config, inputs.sigma, strict)
-                    out = call(*leaves, *jax.tree.leaves(args))
-                    return [fall_back(x, "output") if isinstance(x, PerturbedArray) else x for x in out]
-
-                return jax.vmap(of_member, in_axes=(0, *axes))(signs, *args)
-
-            axes = [0 if stack else None for stack in stacked]
-            if step is None:
-                return jax.vmap(of_draw, in_axes=(0, 0, *axes))(draw_keys(inputs.keys, draws), signs, *args)
-            own = [arg for arg, stack in zip(args, stacked, strict=True) if stack]
-
-            def of_row(row: tuple[Array, Array, list[Any]]) -> list[Array]:
-                index, signs, own = row
-                rest = iter(own)
-                members_args = [next(rest) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
-                return of_draw(draw_keys(inputs.keys, index[None])[0], signs, *members_args)
-
-            return jax.lax.map(of_row, (draws, signs, own), batch_size=min(step, draws.shape[0]))
+            return _evaluated(call, inputs, draws, signs, args, chosen, config, stacked, step, strict)
 
         if mesh is not None:
             evaluate = _over_devices(evaluate, mesh, axis_name, config, stacked)
@@ -204,8 +182,56 @@ class Inputs(NamedTuple):
     """What every member's evaluation needs."""
 
     arrays: list[Any]
+    """The parameters, in the order of the plan's leaves."""
     keys: Array
+    """Those of the generation, see `generation_keys`."""
     sigma: Any
+
+
+def _evaluated(
+    call: Callable[..., list[Any]],
+    inputs: Inputs,
+    draws: Array,
+    signs: Array,
+    args: Sequence[Any],
+    chosen: Plan,
+    config: EggrollConfig,
+    stacked: Sequence[bool],
+    step: int | None,
+    strict: bool,
+) -> list[Array]:
+    """The outputs of the members of some draws, with axes over draws and over the members of a draw in front.
+
+    Args:
+        call: from the parameters of a member and the leaves of its arguments to the leaves of its output.
+        draws: int32, shape ``(n,)``.
+        signs: float32, shape ``(n, members of a draw)``.
+        args: those of the function of one member; with the same two axes in front where `stacked` says so.
+        step: draws that are evaluated at a time; None for all.
+    """
+
+    def of_draw(keys: Array, signs: Array, *args: Any) -> list[Array]:
+        noise = draw(chosen, keys, config)
+
+        def of_member(sign: Array, *args: Any) -> list[Array]:
+            leaves = perturbed(chosen, inputs.arrays, noise, sign, config, inputs.sigma, strict)
+            out = call(*leaves, *jax.tree.leaves(args))
+            return [fall_back(x, "output") if isinstance(x, PerturbedArray) else x for x in out]
+
+        return jax.vmap(of_member, in_axes=(0, *axes))(signs, *args)
+
+    axes = [0 if stack else None for stack in stacked]
+    if step is None:
+        return jax.vmap(of_draw, in_axes=(0, 0, *axes))(draw_keys(inputs.keys, draws), signs, *args)
+    own = [arg for arg, stack in zip(args, stacked, strict=True) if stack]
+
+    def of_row(row: tuple[Array, Array, list[Any]]) -> list[Array]:
+        index, signs, own = row
+        rest = iter(own)
+        members_args = [next(rest) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
+        return of_draw(draw_keys(inputs.keys, index[None])[0], signs, *members_args)
+
+    return jax.lax.map(of_row, (draws, signs, own), batch_size=min(step, draws.shape[0]))
 
 
 def _over_devices(

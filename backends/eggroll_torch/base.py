@@ -3,10 +3,8 @@
 import contextlib
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,20 @@ from . import threefry
 from .chunking import Chunking, ChunkSize
 from .compiling import Compile, Compiler
 from .fitness import Nonfinite, as_finite, as_fitness, member_fitness
-from .parameters import base_key_of, flatten_groups, fresh_seed, named_trainable
-from .population import MemberWeights, Population, Randomness
+from .forward import Randomness
+from .groups import (
+    OptimizerFactory,
+    as_group,
+    as_groups,
+    check_factory,
+    check_lr,
+    flatten_groups,
+    made_by,
+    options_of,
+)
+from .member_weights import MemberWeights
+from .parameters import base_key_of, fresh_seed, named_trainable
+from .population import Population
 from .processes import Processes, check_same
 from .swap import check_is_itself, uninterrupted
 
@@ -28,7 +38,6 @@ __all__ = ["Trainer"]
 
 FitnessFn = Callable[[nn.Module], float]
 PopulationFitnessFn = Callable[[Population], Tensor]
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 # What is folded into the key of a run for the randomness that is not noise: as a word 2**32 - 1, which is the index
 # of no parameter.
@@ -55,6 +64,7 @@ class Trainer(torch.optim.Optimizer):
         self,
         params: Iterable[Any],
         model: nn.Module,
+        *,
         fitness_fn: FitnessFn | None,
         population_fitness_fn: PopulationFitnessFn | None,
         population_size: int,
@@ -85,7 +95,7 @@ class Trainer(torch.optim.Optimizer):
             self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
             self.randomness = as_choice("randomness", randomness, ("different", "same"))
             self.snapshots = as_bool("snapshots", snapshots)
-            _check_factory(optimizer)
+            check_factory(optimizer)
             processes.share(self._population_size, self._members_per_draw)
             self.seed = fresh_seed() if seed is None else seed
             self._base_key = base_key_of(self.seed)
@@ -98,16 +108,9 @@ class Trainer(torch.optim.Optimizer):
             self._best_state: dict[str, Tensor] | None = None
             self._population: Population | None = None
             self._ready = False
-            super().__init__(_as_groups(params), {"lr": learning_rate})
+            super().__init__(as_groups(params), {"lr": learning_rate})
             self._trainable = named_trainable(model, flatten_groups(self.param_groups))
-            self.optimizer = optimizer(self.param_groups, lr=learning_rate)
-            if not isinstance(self.optimizer, torch.optim.Optimizer):
-                raise TypeError(f"`optimizer` must make a torch.optim.Optimizer, it made {self.optimizer!r}")
-            if _needs_closure(self.optimizer):
-                raise TypeError(
-                    "`optimizer` must step without a `closure`, which evaluates a loss again: "
-                    f"{type(self.optimizer).__name__} does not"
-                )
+            self.optimizer = made_by(optimizer, self.param_groups, learning_rate)
             self._check_group_options(self.optimizer.param_groups)
             self._check_optimizer(self.optimizer.param_groups)
             self.param_groups = self.optimizer.param_groups
@@ -122,13 +125,24 @@ class Trainer(torch.optim.Optimizer):
             self.seed, self._base_key = seed_of_first, base_key_of(seed_of_first)
         processes.copy_first_(model)
         with processes.together("the constructor"):
-            self._initial_options = [_options(group) for group in self.param_groups]
+            self._initial_options = [options_of(group) for group in self.param_groups]
             self._initial_parameters = self._copy_of_parameters() if self.snapshots else {}
             self._initial_sigma = self.sigma
             self._parameters_changed()
             self._ready = True
 
     # What a kind of evolution strategy defines.
+
+    sigma: float
+    """The scale of the perturbation, which may be set between generations."""
+
+    def _parameters_changed(self) -> None:
+        """Called when the trained parameters or the key are others than before."""
+
+    @property
+    def _group_options(self) -> tuple[str, ...]:
+        """Options of parameter groups besides the optimizer's."""
+        return ()
 
     def _check_optimizer(self, groups: Iterable[dict[str, Any]]) -> None:
         """Raises where the optimizer, with such groups, cannot be used."""
@@ -179,8 +193,6 @@ class Trainer(torch.optim.Optimizer):
 
     def _learn(self, observed: list[Any]) -> None:
         """Takes note of what was `_observed` in every process."""
-
-    sigma: float
 
     # The generation.
 
@@ -284,7 +296,7 @@ class Trainer(torch.optim.Optimizer):
                 raise RuntimeError("tell() finishes the generation of an ask(), and none is open")
             scores = as_fitness(fitness, len(self._population))
             for group in self.param_groups:
-                _check_lr(group["lr"])
+                check_lr(group["lr"])
             return self._settings() if self._processes.count > 1 else {}, scores, self._observed()
 
         told = self._processes.of_all("tell()", of_this_process)
@@ -367,11 +379,6 @@ class Trainer(torch.optim.Optimizer):
         return self._chunking.requested
 
     @property
-    def _group_options(self) -> tuple[str, ...]:
-        """Options of parameter groups besides the optimizer's."""
-        return ()
-
-    @property
     def population_size(self) -> int:
         """Members in one generation."""
         return self._population_size
@@ -396,11 +403,8 @@ class Trainer(torch.optim.Optimizer):
             return
         if self._population is not None:
             raise RuntimeError("add_param_group() between two generations only: finish the open one with tell()")
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"`param_group` must be a dict with the key 'params', got {_described(param_group)}")
-        added = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
-        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
-        group = {**param_group, "params": added}
+        group = as_group(param_group)
+        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *group["params"]])
         self._check_group_options([{**self.optimizer.defaults, **group}])
         self._check_optimizer([{**self.optimizer.defaults, **group}])
         self.optimizer.add_param_group(group)
@@ -410,7 +414,7 @@ class Trainer(torch.optim.Optimizer):
             self.param_groups.pop()
             self._train(named_trainable(self.model, flatten_groups(self.param_groups)))
             raise
-        self._initial_options.append(_options(self.param_groups[-1]))
+        self._initial_options.append(options_of(self.param_groups[-1]))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later `load_state_dict` needs to go on to the bit, apart from the model's own `state_dict`.
@@ -484,9 +488,6 @@ class Trainer(torch.optim.Optimizer):
         key = threefry.folded(threefry.folded(self._base_key.numpy()[None], _RANDOMNESS), self.generation)
         return torch.from_numpy(key.view(np.int32)[0])
 
-    def _parameters_changed(self) -> None:
-        """Called when the trained parameters or the key are others than before."""
-
     def _descend(self, directions: dict[str, Tensor]) -> None:
         """Sets `.grad` of what was perturbed, clears that of the rest, and steps."""
         with self._gradients_cleared():
@@ -539,22 +540,7 @@ class Trainer(torch.optim.Optimizer):
                     f"`params` groups may have the options {sorted(known - {'param_names', 'initial_lr'})}, "
                     f"got {sorted(unknown)}"
                 )
-            _check_lr(group["lr"])
-
-
-def _as_groups(params: Any) -> list[Any]:
-    if isinstance(params, Tensor | nn.Module | dict | str) or not isinstance(params, Iterable):
-        raise TypeError(
-            "`params` must be parameters, such as model.parameters(), or a list of parameter groups, "
-            f"got {type(params).__name__}"
-        )
-    groups = [dict(group) if isinstance(group, dict) else group for group in params]
-    if not groups:
-        raise ValueError("`params` must hold at least one trainable parameter, got none")
-    for group in groups:
-        if isinstance(group, dict) and "params" not in group:
-            raise ValueError(f"`params` groups must have the key 'params', got {sorted(group)}")
-    return groups
+            check_lr(group["lr"])
 
 
 def _as_device(device: Any) -> torch.device:
@@ -564,39 +550,6 @@ def _as_device(device: Any) -> torch.device:
         raise type(error)(f"`device` must be a device of PyTorch, got {device!r}: {error}") from None
 
 
-def _described(group: Any) -> str:
-    return f"one with the keys {sorted(group)}" if isinstance(group, dict) else type(group).__name__
-
-
-def _check_lr(lr: Any) -> None:
-    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor):
-        raise TypeError(f"`lr` must be a non-negative finite number, got {lr!r}")
-    if not (math.isfinite(float(lr)) and float(lr) >= 0):
-        raise ValueError(f"`lr` must be a non-negative finite number, got {lr!r}")
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy({name: value for name, value in group.items() if name not in {"params", "param_names"}})
-
-
 def _check_callable(name: str, value: Any) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"`{name}` must be callable, got {value!r}")
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _check_factory(optimizer: Any) -> None:
-    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        raise TypeError(
-            "`optimizer` must make an optimizer, such as torch.optim.AdamW or a functools.partial of it, "
-            f"got {type(optimizer).__name__}"
-        )
-    if isinstance(optimizer, functools.partial) and "lr" in optimizer.keywords:
-        raise ValueError(
-            "`optimizer` must leave the step size to `learning_rate`, "
-            f"got a partial with lr={optimizer.keywords['lr']!r}"
-        )

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from .autocast import autocasts, without_autocast
 from .fusing import with_epilogues
-from .perturbed import Policy, UnsupportedOperationError
+from .policy import Policy, UnsupportedOperationError
 from .simplifying import simplify
 from .swap import attributes_restored
 

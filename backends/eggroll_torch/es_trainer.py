@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from eggroll.config import as_positive_float
 
 from . import threefry
-from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .base import FitnessFn, PopulationFitnessFn, Trainer
 from .chunking import ChunkSize
 from .compiling import Compile
 from .drawing import Draws, Rows
 from .fitness import Nonfinite
-from .perturbed import Policy
-from .population import MemberWeights, Randomness
+from .forward import Randomness
+from .groups import OptimizerFactory
+from .member_weights import MemberWeights
+from .policy import Policy
 from .processes import Distributed, Processes
 from .swap import seeded
 
@@ -80,19 +82,19 @@ class ESTrainer(Trainer):
         super().__init__(
             params,
             model,
-            fitness_fn,
-            population_fitness_fn,
-            population_size,
-            learning_rate,
-            optimizer,
-            device,
-            seed,
-            chunk_size,
-            compile,
-            nonfinite,
-            randomness,
-            snapshots,
-            processes,
+            fitness_fn=fitness_fn,
+            population_fitness_fn=population_fitness_fn,
+            population_size=population_size,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            device=device,
+            seed=seed,
+            chunk_size=chunk_size,
+            compile=compile,
+            nonfinite=nonfinite,
+            randomness=randomness,
+            snapshots=snapshots,
+            processes=processes,
         )
 
     def sample_perturbations(self, population_size: int) -> Tensor:

@@ -6,6 +6,7 @@ Rows of all members that go to one expert are multiplied with its shared weight 
 import torch
 from torch import Tensor
 
+from .ops import one_member
 from .vectorising import batching_rule, called
 
 __all__ = ["grouped_linear", "perturbed_grouped_linear", "unperturbed_grouped_linear"]
@@ -31,9 +32,7 @@ def perturbed_grouped_linear(
     Returns:
         Shape ``(rows, out)``.
     """
-    member = member.view(1)
-    draw = member // (scales.shape[0] // A.shape[0])
-    A, B, scale = A.index_select(0, draw), B.index_select(0, draw), scales.index_select(0, member)
+    A, B, scale = one_member(A, B, member=member, scales=scales)
     return _of_members(x.unsqueeze(0), weight, ends.unsqueeze(0), A, B, scale).squeeze(0)
 
 
@@ -45,7 +44,7 @@ def _(x, weight, ends, A, B, member, scales):
 @batching_rule(perturbed_grouped_linear)
 def _(info, in_dims, x, weight, ends, A, B, member, scales):
     x_dim, _, ends_dim, _, _, member_dim, _ = in_dims
-    x, ends = _batch_first(x, x_dim), _batch_first(ends, ends_dim)
+    x, ends = _with_inputs_first(x, x_dim), _with_inputs_first(ends, ends_dim)
     if member_dim is not None:
         return _of_members(x, weight, ends, A, B, scales), 0
     # A vmap inside the model: one member with several inputs.
@@ -67,7 +66,7 @@ def _(x, weight, ends):
 
 @batching_rule(unperturbed_grouped_linear)
 def _(info, in_dims, x, weight, ends):
-    x, ends = _batch_first(x, in_dims[0]), _batch_first(ends, in_dims[2])
+    x, ends = _with_inputs_first(x, in_dims[0]), _with_inputs_first(ends, in_dims[2])
     if in_dims[1] is None:
         return _base(x, weight, ends)[0], 0
     members = (
@@ -76,7 +75,8 @@ def _(info, in_dims, x, weight, ends):
     return torch.stack([called(unperturbed_grouped_linear, *member) for member in zip(*members, strict=True)]), 0
 
 
-def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
+def _with_inputs_first(tensor: Tensor, dim: int | None) -> Tensor:
+    """`tensor` with the axis that is vectorised over in front, of length 1 where there is none."""
     return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
 
 

@@ -6,7 +6,6 @@ the forward pass and the update; a larger one draws it twice and needs no more m
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,14 +199,6 @@ class NoiseSource:
         start = member - member % self.members_per_draw
         return self.chunk(range(start, start + self.members_per_draw))
 
-    def dense_scale(self, parameter: ParameterNoise) -> float:
-        """What dense noise is multiplied with, apart from the sign."""
-        return parameter.sigma
-
-    def low_rank_scale(self, parameter: ParameterNoise) -> float:
-        """What ``A @ B.T`` is multiplied with, apart from the sign."""
-        return parameter.sigma / math.sqrt(parameter.rank)
-
     def keys(self, parameter: ParameterNoise, chunk: ChunkNoise) -> Tensor:
         """The keys of a parameter that is one layer, int32 of shape ``(draws, 2)``."""
         return chunk.keys[:, self._first_key[parameter.name]]
@@ -277,7 +268,7 @@ class NoiseSource:
         """What is added to a parameter for each member of the chunk, in its dtype; shape ``(members, *shape)``."""
         noise = self.noise(parameter, chunk)
         assert isinstance(noise, Tensor)
-        signs = (chunk.signs * self.dense_scale(parameter)).view(noise.shape[0], -1, *(1,) * (noise.ndim - 1))
+        signs = (chunk.signs * parameter.scale).view(noise.shape[0], -1, *(1,) * (noise.ndim - 1))
         return (signs * noise.unsqueeze(1)).to(parameter.parameter.dtype).flatten(0, 1)
 
     def member_weight(
@@ -289,11 +280,8 @@ class NoiseSource:
         sign = float(chunk.host_signs[index])
         # Sum in float32 at least and round once: a narrow dtype would lose most of a small sigma.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if isinstance(noise, Tensor):
-            delta, scale = noise, self.dense_scale(parameter)
-        else:
-            delta, scale = noise.A @ noise.B.mT, self.low_rank_scale(parameter)
-        return wide.add(delta.view(weight.shape), alpha=sign * scale).to(dtype or weight.dtype)
+        delta = noise if isinstance(noise, Tensor) else noise.A @ noise.B.mT
+        return wide.add(delta.view(weight.shape), alpha=sign * parameter.scale).to(dtype or weight.dtype)
 
 
 class _RowLayout:

@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .drawing import draw_uniforms, fold_in_each
 from .vectorising import batching_rule, called
 
-__all__ = [
-    "attention",
-    "member_uniform",
-    "perturbed_dense",
-    "perturbed_embedding",
-    "perturbed_linear",
-    "perturbed_stacked_linear",
-]
+__all__ = ["one_member", "perturbed_dense", "perturbed_embedding", "perturbed_linear", "perturbed_stacked_linear"]
 
 # Bytes of a block of rows: they stay in the last-level cache from what is added first to the product, and a block is
 # large enough for a product that keeps all cores busy.
@@ -63,9 +55,9 @@ def perturbed_linear(
         Shape ``(..., out)``.
     """
     rows = x.reshape(1, -1, x.shape[-1])
-    *factors, scale = _one_member(*factors, member=member, scales=scales)
+    *factors, scale = one_member(*factors, member=member, scales=scales)
     if bias_noise:
-        bias_noise = _one_member(bias_noise[0], member=member, scales=bias_noise[1])
+        bias_noise = one_member(bias_noise[0], member=member, scales=bias_noise[1])
     out = _linear_of_members(rows, weight, bias, factors, bias_noise, rank, precision, rng, scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -107,7 +99,7 @@ def perturbed_dense(weight: Tensor, keys: Tensor, precision: str, rng: str, memb
     Returns:
         The shape of `weight`.
     """
-    keys, scale = _one_member(keys, member=member, scales=scales)
+    keys, scale = one_member(keys, member=member, scales=scales)
     return _dense_of_members(weight, keys, scale, precision, rng).squeeze(0)
 
 
@@ -136,7 +128,7 @@ def perturbed_stacked_linear(
     Returns:
         Shape ``(stack, rows, out)``.
     """
-    A, B, scale = _one_member(A, B, member=member, scales=scales)
+    A, B, scale = one_member(A, B, member=member, scales=scales)
     return _stacked_linear_of_members(x.unsqueeze(0), weight, A, B, scale).squeeze(0)
 
 
@@ -170,7 +162,7 @@ def perturbed_embedding(
     Returns:
         Shape ``(..., embedding_dim)``.
     """
-    A, B, scale = _one_member(A, B, member=member, scales=scales)
+    A, B, scale = one_member(A, B, member=member, scales=scales)
     out = _embedding_of_members(index.reshape(1, -1), weight, A, B, scale)
     return out.view(*index.shape, weight.shape[1])
 
@@ -190,84 +182,6 @@ def _(info, in_dims, index, weight, A, B, member, scales):
     flat = index.reshape(1, -1).expand(scales.shape[0], -1) if index_dim is None else index.flatten(1)
     out = _embedding_of_members(flat, weight, A, B, scales)
     return out.view(out.shape[0], *lead, weight.shape[1]), 0
-
-
-@torch.library.custom_op("eggroll::attention", mutates_args=())
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` without dropout; members become rows of its batch."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-    ).contiguous()
-
-
-@attention.register_fake
-def _(q, k, v, mask, is_causal, scale, enable_gqa):
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-@batching_rule(attention)
-def _(info, in_dims, q, k, v, mask, is_causal, scale, enable_gqa):
-    members = info.batch_size
-    q, k, v = (
-        x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((q, k, v), in_dims[:3], strict=True)
-    )
-    lead = q.shape[1:-3] if q.ndim > 4 else q.shape[1:-2]
-    keep = q.shape[-3:] if q.ndim > 4 else q.shape[-2:]
-    if mask is not None:
-        mask = _mask_of_members(mask, in_dims[3], members, q.ndim - 1, lead)
-    q, k, v = (x.flatten(0, len(lead)) for x in (q, k, v))
-    out = called(attention, q, k, v, mask, is_causal, scale, enable_gqa)
-    return out.view(members, *lead, *keep[:-1], v.shape[-1]), 0
-
-
-def _mask_of_members(mask: Tensor, dim: int | None, members: int, ndim: int, lead: torch.Size) -> Tensor:
-    """A mask for queries whose axes `lead` were folded into one with that of the members."""
-    if dim is None and mask.ndim <= ndim - len(lead):
-        return mask
-    mask = mask.expand(members, *mask.shape) if dim is None else mask.movedim(dim, 0)
-    mask = mask.reshape(members, *(1,) * (ndim + 1 - mask.ndim), *mask.shape[1:])
-    return mask.expand(members, *lead, *mask.shape[1 + len(lead) :]).flatten(0, len(lead))
-
-
-@torch.library.custom_op("eggroll::member_uniform", mutates_args=())
-def member_uniform(key: Tensor, call: int, member: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers on [0, 1) from ``fold_in(fold_in(key, call), member)``, float32.
-
-    Args:
-        key: int32, shape ``(2,)``.
-        call: which of the draws of a member this is.
-        member: int64, shape ``()``.
-        shape: of the result.
-    """
-    return uniforms_of_members(key, call, member, shape)
-
-
-@member_uniform.register_fake
-def _(key, call, member, shape):
-    return key.new_empty(shape, dtype=torch.float32)
-
-
-@batching_rule(member_uniform)
-def _(info, in_dims, key, call, member, shape):
-    return called(uniforms_of_members, key, call, member, shape), 0
-
-
-# An operation of its own: what draws on a CPU is no operation of PyTorch, and would not be recorded.
-@torch.library.custom_op("eggroll::uniforms_of_members", mutates_args=())
-def uniforms_of_members(key: Tensor, call: int, members: Tensor, shape: Sequence[int]) -> Tensor:
-    """`member_uniform` for int64 members of any shape: float32, shape ``(*members.shape, *shape)``."""
-    # Filled on the device: a copy of the number from the host would be waited for.
-    call_key = fold_in_each(key.view(1, 2), torch.full((1,), call, dtype=torch.int32, device=key.device)).view(1, 2)
-    keys = fold_in_each(call_key, members.reshape(-1).to(torch.int32))
-    return draw_uniforms(keys.view(*members.shape, 2), shape)
-
-
-@uniforms_of_members.register_fake
-def _(key, call, members, shape):
-    return key.new_empty((*members.shape, *shape), dtype=torch.float32)
 
 
 def _linear_of_members(
@@ -419,7 +333,7 @@ def _shared_projection(x: Tensor, B: Tensor) -> Tensor:
     return flat.view(-1, draws, rank).permute(1, 0, 2)
 
 
-def _one_member(*factors: Tensor, member: Tensor, scales: Tensor) -> list[Tensor]:
+def one_member(*factors: Tensor, member: Tensor, scales: Tensor) -> list[Tensor]:
     """The draw of one member from factors, or keys, of all, with an axis of length 1 over draws; and its scale."""
     member = member.view(1)
     draw = member // (scales.shape[0] // factors[0].shape[0])

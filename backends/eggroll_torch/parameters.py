@@ -16,7 +16,15 @@ from eggroll import EggrollConfig, perturbation, prng
 
 from .choices import OPTIONS, Choice
 
-__all__ = ["ParameterNoise", "describe_parameters", "named_trainable"]
+__all__ = [
+    "ParameterNoise",
+    "base_key_of",
+    "circumstances",
+    "describe_parameters",
+    "fresh_seed",
+    "model_keys",
+    "named_trainable",
+]
 
 Kind = Literal["low_rank", "dense"]
 
@@ -55,6 +63,11 @@ class ParameterNoise:
         """The shape of a convolution's kernel, whose matrix has another one; None for other parameters."""
         shape = tuple(self.parameter.shape)
         return None if self.kind == "dense" or shape == (*self.stack, *self.layer) else shape
+
+    @property
+    def scale(self) -> float:
+        """What its noise, ``A @ B.T`` or ``Z``, is multiplied with, apart from the sign."""
+        return self.sigma / math.sqrt(self.rank) if self.kind == "low_rank" else self.sigma
 
     @property
     def draws(self) -> tuple[perturbation.Draw, ...]:
@@ -117,16 +130,16 @@ def describe_parameters(
     model: nn.Module,
     trainable: dict[str, nn.Parameter],
     config: EggrollConfig,
-    choices: Mapping[str, Choice] | None = None,
+    choices: Mapping[str, Choice],
 ) -> list[ParameterNoise]:
-    """The noise of every perturbed parameter, in canonical order.
+    """The noise of every perturbed parameter, in canonical order, from what was chosen by name.
 
     Those that were chosen to be frozen are left out, and with `freeze_nonlora` the dense ones.
     """
     convolutions = _convolution_kernels(model)
     described = []
     for name in perturbation.canonical_order(trainable):
-        parameter, choice = trainable[name], (choices or {}).get(name, Choice())
+        parameter, choice = trainable[name], choices.get(name, Choice())
         kind, stack, layer = _layout(name, parameter, id(parameter) in convolutions, choice.noise)
         if choice.noise == "frozen" or (kind == "dense" and config.freeze_nonlora):
             continue
@@ -183,11 +196,6 @@ def _layout(
             raise ValueError(f"`noise` 'low_rank' needs a parameter with two axes or more, {name!r} has {len(shape)}")
         return "low_rank", shape[:-2], shape[-2:]
     return "dense", (), shape
-
-
-def flatten_groups(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The parameters of all groups, in order."""
-    return [parameter for group in param_groups for parameter in group["params"]]
 
 
 def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:

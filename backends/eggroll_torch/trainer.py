@@ -13,17 +13,20 @@ from eggroll import EggrollConfig
 from eggroll.config import as_bool, as_choice, as_positive_float
 
 from . import kernels, update
-from .base import FitnessFn, OptimizerFactory, PopulationFitnessFn, Trainer
+from .base import FitnessFn, PopulationFitnessFn, Trainer
 from .choices import OPTIONS, choices_by_name
 from .chunking import Chunking, ChunkSize, chunk_ranges
 from .compiling import Compile
 from .estimate import estimate
 from .fitness import Nonfinite, shaped_weights
+from .forward import Randomness
+from .groups import OptimizerFactory
+from .member_weights import MemberWeights
 from .memory import MemoryEstimate
 from .noise import NoiseSource
 from .parameters import ParameterNoise, circumstances, describe_parameters, model_keys
-from .perturbed import Policy
-from .population import MemberWeights, Population, Randomness
+from .policy import Policy
+from .population import Population
 from .processes import Distributed, Processes
 from .sgd import check_plain_sgd, plain_sgd_steps
 from .weights import EggrollWeights
@@ -50,8 +53,8 @@ class EGGROLLTrainer(Trainer):
         sigma: scale of the perturbation, positive. May be set between generations: ``trainer.sigma = 0.05``.
         rank: rank of a matrix's perturbation.
         noise_reuse: evaluations of each draw: 0 or 1 for independent members, 2 for antithetic pairs.
-        group_size: consecutive members whose fitness is normalised together; 0 for all.
-        freeze_nonlora: train matrices only.
+        group_size: how many consecutive members have their fitness normalised together; 0: all.
+        freeze_nonlora: train only what gets low-rank noise: biases and other vectors stay as they are.
         device: moves the model there first; by default it stays where it is.
         seed: an int or a key of two words; by default drawn from PyTorch's global generator. The same seed gives the
             same run on every machine and with every `chunk_size`.
@@ -59,13 +62,13 @@ class EGGROLLTrainer(Trainer):
             tensor of shape ``(len(population),)``.
         antithetic: whether members ``2 i`` and ``2 i + 1`` share a draw with opposite signs; by default as
             `noise_reuse` says.
-        noise_lifetime: generations that a draw lives; None for ever.
+        noise_lifetime: for how many generations the same noise is used; None: for ever.
         fitness_shaping: ``"zscore"``, ``"group_zscore"``, ``"centered_rank"``, ``"sign"``, ``"baseline"``, ``"raw"``
             or a callable from float64 fitness to weights, both of shape ``(population_size,)``.
         gradient_scale: ``"reference"``, or ``"unbiased"`` for the evolution strategies estimate of the gradient.
         noise_dtype: ``"float32"``, or ``"param"`` to draw in each parameter's dtype as the reference does.
-        rng: what draws the noise, ``"threefry"``, or ``"philox"``, which costs a GPU less: another run, not the same
-            one faster. What is random in the model is Threefry's either way.
+        rng: the generator of the noise, ``"threefry"``, or ``"philox"``, which is cheaper on a GPU and draws other
+            numbers, so that it is another run. What is random in the model is Threefry's either way.
         optimizer: makes the optimizer, called with parameter groups and ``lr``: a class of `torch.optim` or a
             `functools.partial` of one.
         fused: whether the step is taken where the direction is summed: parameters are added to in place, no direction
@@ -95,8 +98,8 @@ class EGGROLLTrainer(Trainer):
             options. By default matrices, convolutions, embeddings and stacks of matrices are low rank, others dense.
         unused: ``"raise"`` an error that names the parameters that took no part in the forward pass, before anything
             is updated, or ``"ignore"`` them: they stay as they are.
-        strict: raise where an operation has no low-rank rule or the model cannot be vectorised, instead of forming
-            the weight of each member of a chunk, or running members one by one, with a warning.
+        strict: whether it is an error if an operation has no low-rank rule or the model cannot be vectorised. By
+            default the weight of each member of a chunk is then formed, or members run one by one, with a warning.
 
     Example:
         >>> import torch
@@ -171,19 +174,19 @@ class EGGROLLTrainer(Trainer):
         super().__init__(
             params,
             model,
-            fitness_fn,
-            population_fitness_fn,
-            population_size,
-            learning_rate,
-            optimizer,
-            device,
-            seed,
-            chunk_size,
-            compile,
-            nonfinite,
-            randomness,
-            snapshots,
-            processes,
+            fitness_fn=fitness_fn,
+            population_fitness_fn=population_fitness_fn,
+            population_size=population_size,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            device=device,
+            seed=seed,
+            chunk_size=chunk_size,
+            compile=compile,
+            nonfinite=nonfinite,
+            randomness=randomness,
+            snapshots=snapshots,
+            processes=processes,
         )
 
     @property

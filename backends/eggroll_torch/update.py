@@ -1,6 +1,6 @@
 """The direction that the optimizer descends, summed over chunks of members. The oracle is `eggroll.update`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,16 +24,13 @@ _BLOCK_BYTES = 1 << 22
 
 
 @torch.no_grad()
-def direction(
-    source: NoiseSource, weights: Tensor, chunks: Iterable[range], progress: Callable[[], None] | None = None
-) -> dict[str, Tensor]:
+def direction(source: NoiseSource, weights: Tensor, chunks: Iterable[range]) -> dict[str, Tensor]:
     """The direction of every perturbed parameter.
 
     Args:
         source: the noise of the generation that was evaluated.
         weights: shape ``(population_size,)``, the shaped fitness.
         chunks: the members, in chunks of whole pairs; their order does not matter.
-        progress: called after each chunk.
 
     Returns:
         By parameter name, in the shape of the parameter: float32 (float64 for float64 parameters), but in the dtype
@@ -41,7 +38,7 @@ def direction(
     """
     chunks = list(chunks)
     totals = {parameter.name: _new_total(source, parameter, len(chunks)) for parameter in source.parameters}
-    _sum_(totals, dict.fromkeys(totals, (1.0, 0.0)), source, weights, chunks, progress)
+    _sum_(totals, dict.fromkeys(totals, (1.0, 0.0)), source, weights, chunks)
     return {parameter.name: totals[parameter.name].view(parameter.parameter.shape) for parameter in source.parameters}
 
 
@@ -98,7 +95,6 @@ def _sum_(
     source: NoiseSource,
     weights: Tensor,
     chunks: list[range],
-    progress: Callable[[], None] | None = None,
 ) -> None:
     """``total = beta * total + alpha * direction`` for each parameter that has a total, `scales` by name."""
     weights = weights.cpu()
@@ -113,8 +109,6 @@ def _sum_(
                     alpha, beta = scales[parameter.name]
                     how = alpha, (1.0 if place else beta)
                     _add_sum_(totals[parameter.name], coefficients, source, parameter, chunk, *how)
-        if progress is not None:
-            progress()
 
 
 def _is_summed_in_place(source: NoiseSource, parameter: ParameterNoise, chunks: int) -> bool:

@@ -12,7 +12,8 @@ from eggroll.perturbation import LowRank
 from .autocast import without_autocast
 from .noise import ChunkNoise, DrawnFactors, NoiseSource, StoredFactors
 from .parameters import ParameterNoise
-from .perturbed import DenseNoise, DenseWeight, Noise, PerturbedWeight, Policy
+from .perturbed import DenseNoise, DenseWeight, Noise, PerturbedWeight
+from .policy import Policy
 
 __all__ = ["EggrollWeights"]
 
@@ -88,10 +89,11 @@ class EggrollWeights:
         """See `_Prepared`."""
         source, noise, scales = self.source, {}, {}
         for parameter in self._carrying:
+            scale = parameter.scale
             if parameter.kind == "dense":
-                scale, drawn = source.dense_scale(parameter), [source.keys(parameter, chunk)]
+                drawn = [source.keys(parameter, chunk)]
             else:
-                scale, factors = source.low_rank_scale(parameter), source.factors(parameter, chunk)
+                factors = source.factors(parameter, chunk)
                 drawn = [factors.keys] if isinstance(factors, DrawnFactors) else [factors.A, factors.B]
             if scale not in scales:
                 scales[scale] = (chunk.host_signs * scale).to(self.device, non_blocking=True)
@@ -142,6 +144,6 @@ class EggrollWeights:
             if parameter.kind == "low_rank":
                 noise = self.source.noise_of_draw(parameter, chunk, index // self.members_per_draw)
                 assert isinstance(noise, LowRank)
-                scale = float(chunk.host_signs[index]) * self.source.low_rank_scale(parameter)
+                scale = float(chunk.host_signs[index]) * parameter.scale
                 factors[parameter.name] = noise.A * scale, noise.B
         return factors

@@ -60,9 +60,9 @@ def torch_swap_factors(patch):
 
 
 def torch_drop_root(patch):
-    import eggroll_torch.noise as noise
+    import eggroll_torch.parameters as parameters
 
-    patch.setattr(noise.NoiseSource, "low_rank_scale", lambda self, parameter: parameter.sigma)
+    patch.setattr(parameters.ParameterNoise, "scale", property(lambda parameter: parameter.sigma))
 
 
 def torch_drop_root_in_update(patch):

@@ -13,7 +13,7 @@ from core.support import recorded
 from torch import Tensor, nn
 
 from eggroll.torch import EGGROLLTrainer, Population
-from eggroll_torch.perturbed import Way
+from eggroll_torch.policy import Way
 
 
 def mlp(*sizes: int, seed: int = 0, bias: bool = True) -> nn.Sequential:

@@ -76,9 +76,9 @@ def test_auto_leaves_room_for_the_outputs_of_all(monkeypatch: pytest.MonkeyPatch
 
 
 def population_call(population: Any, x: torch.Tensor) -> Any:
-    from eggroll_torch.population import _Call
+    from eggroll_torch.calls import Call
 
-    return _Call("__call__", (x,), {}, False, len(population))
+    return Call("__call__", (x,), {}, False, len(population))
 
 
 def test_auto_measured_on_a_part_does_not_bind_the_whole() -> None:

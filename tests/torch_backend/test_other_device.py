@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eggroll import prng
 from eggroll.torch import EGGROLLTrainer, VanillaESTrainer
-from eggroll_torch import kernels, noise, ops
+from eggroll_torch import kernels, member_ops, noise
 
 MEMBERS = 8
 META = torch.device("meta")
@@ -136,7 +136,7 @@ def test_what_a_layer_draws_is_not_copied_from_the_host():
     """A CUDA graph would copy from memory of the host that is long something else's; PyTorch 2.11 refuses to."""
     key, members = torch.empty(2, dtype=torch.int32, device=META), torch.empty(8, dtype=torch.int64, device=META)
     with Waits(every=True) as waits:
-        drawn = ops.uniforms_of_members._init_fn(key, 1, members, (3, 5))
+        drawn = member_ops.uniforms_of_members._init_fn(key, 1, members, (3, 5))
     assert drawn.shape == (8, 3, 5)
     assert waits.found == []
 

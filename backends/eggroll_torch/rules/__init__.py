@@ -1,12 +1,28 @@
-"""What PyTorch's functions do with perturbed weights; importing this registers the rules."""
+"""What PyTorch's functions do with perturbed weights, and which do something else while members run.
 
-from . import attention, autocasting, convolution, joining, lookup, products, randomness, recurrent, scaling, views
+Importing this registers the rules, with `perturbed.rule` or in `member_mode.FUNCTIONS`.
+"""
+
+from . import (
+    attention,
+    autocasting,
+    convolution,
+    joining,
+    layers,
+    lookup,
+    products,
+    randomness,
+    recurrent,
+    scaling,
+    views,
+)
 
 __all__ = [
     "attention",
     "autocasting",
     "convolution",
     "joining",
+    "layers",
     "lookup",
     "products",
     "randomness",

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..member_mode import FUNCTIONS, attention, dropout
+from ..member_mode import FUNCTIONS
 from ..perturbed import PerturbedWeight, rule
 from .autocasting import linear
+from .layers import attention, dropout
 
 
 @rule(F.multi_head_attention_forward)

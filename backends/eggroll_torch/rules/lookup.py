@@ -8,17 +8,8 @@ from torch import Tensor
 
 from .. import ops
 from ..member_mode import FUNCTIONS
-from ..perturbed import (
-    EITHER,
-    LowRankWeight,
-    PerturbedWeight,
-    ScaledWeight,
-    UnsupportedOperationError,
-    plain,
-    rule,
-    times,
-    unwrapped,
-)
+from ..perturbed import EITHER, LowRankWeight, PerturbedWeight, ScaledWeight, plain, rule, times, unwrapped
+from ..policy import UnsupportedOperationError
 from ..vectorising import called
 
 __all__ = ["rows"]

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..member_mode import FUNCTIONS, replaced, uniform, vectorised_inside
+from ..member_mode import FUNCTIONS, uniform, vectorised_inside
 from ..perturbed import unwrapped
+from .layers import replaced
 
 _OPTIONS = {"dtype", "device", "layout", "requires_grad", "pin_memory", "memory_format"}
 # What dropped elements of a self-normalising network become: minus SELU's scale times its alpha.

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_operands
-from ..member_mode import FUNCTIONS, dropout
-from ..perturbed import PerturbedWeight, UnsupportedOperationError, rule
+from ..member_mode import FUNCTIONS
+from ..perturbed import PerturbedWeight, rule
+from ..policy import UnsupportedOperationError
 from .autocasting import linear
+from .layers import dropout
 
 Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 

@@ -70,6 +70,7 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_measured_anew_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_generation
+    import gpu_report
 
     target, other = itertools.islice((case.name for case in gpu_generation.all_cases()), 2)
     measured: list[str] = []
@@ -83,8 +84,9 @@ def test_what_is_measured_anew_leaves_the_rest(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(gpu_generation.kernels, "status", lambda device: SimpleNamespace(triton="3", reason=""))
     monkeypatch.setattr(gpu_generation, "ceilings", lambda device: {})
     monkeypatch.setattr(gpu_generation, "measure", measure)
-    monkeypatch.setattr(gpu_generation, "table", lambda report: "")
-    monkeypatch.setattr(gpu_generation, "plots", lambda report, out: None)
+    for module in (gpu_generation, gpu_report):
+        monkeypatch.setattr(module, "table", lambda report: "")
+    monkeypatch.setattr(gpu_report, "plots", lambda report, out: None)
     for arguments in ([target], [other], [target], [target, "--fresh"]):
         monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--only", *arguments])
         assert gpu_generation.main() == 0

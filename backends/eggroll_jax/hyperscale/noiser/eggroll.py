@@ -11,7 +11,7 @@ import quax
 
 from eggroll import EggrollConfig
 from eggroll.fitness import shape_fitness
-from eggroll.perturbation import LowRank, draws_and_signs
+from eggroll.perturbation import draws_and_signs, factors_of, low_rank_draws
 from eggroll.prng import MANTISSA_BITS
 from eggroll.update import dense_sum, direction_scale, low_rank_sum
 
@@ -111,9 +111,8 @@ class EggRoll(Noiser):
     @classmethod
     def matrix_noise(cls, frozen: FrozenNoiserParams, keys: Array, shape: tuple[int, int], precision: Any) -> Any:
         """The noise of a matrix ``(out, in)`` for keys of shape ``(..., 2)``."""
-        rows, columns = shape
-        both = normal(keys, (columns + rows, frozen.rank), precision)
-        return LowRank(A=both[..., columns:, :], B=both[..., :columns, :])
+        (both,) = low_rank_draws(shape, frozen.rank)
+        return factors_of([normal(keys, both.shape, precision)], shape[1])
 
     @classmethod
     def perturbed_matrix(cls, frozen: FrozenNoiserParams, param: Any, noise: Any, scale: Any) -> Any:
