@@ -5,7 +5,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -398,8 +398,10 @@ class Trainer(torch.optim.Optimizer):
             raise RuntimeError("add_param_group() between two generations only: finish the open one with tell()")
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"`param_group` must be a dict with the key 'params', got {_described(param_group)}")
+        _check_parameters(param_group["params"])
         added = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
-        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
+        tensors = [given[1] if isinstance(given, tuple) else given for given in added]  # they may come with names
+        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *tensors])
         group = {**param_group, "params": added}
         self._check_group_options([{**self.optimizer.defaults, **group}])
         self._check_optimizer([{**self.optimizer.defaults, **group}])
@@ -434,10 +436,14 @@ class Trainer(torch.optim.Optimizer):
         """Goes on where `state_dict` was taken; load the model's own `state_dict` into the model as well.
 
         Raises:
-            ValueError: it was saved by a run with other hyperparameters, parameters or keys missing; nothing changed.
+            TypeError, ValueError: it was saved by a run with other hyperparameters or parameters, or is no saved run.
+                Nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"`state_dict` must be what state_dict() returned, got {state_dict!r:.80}")
         if set(state_dict) != (expected := set(self.state_dict())):
-            raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}")
+            got = sorted(state_dict, key=str)
+            raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {got}")
         for what in ("hyperparameters", "parameters"):
             saved, ours = state_dict[what], self.state_dict()[what]
             for name in sorted({*saved, *ours}):
@@ -450,14 +456,15 @@ class Trainer(torch.optim.Optimizer):
         if self.snapshots and best_state is None and state_dict["generation"] > 0:
             raise ValueError("`state_dict` holds no best member: it was saved with `snapshots` False, got True here")
         self._check_optimizer(state_dict["optimizer"]["param_groups"])
-        base_key = base_key_of(state_dict["key"])
+        seed, sigma = list(state_dict["key"]), as_positive_float("sigma", state_dict["sigma"])
+        base_key, generation = base_key_of(seed), as_int("generation", state_dict["generation"], 0)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         self._abandon()
         self._base_key = base_key
-        self.seed = list(state_dict["key"])
-        self.sigma = state_dict["sigma"]
-        self.generation = state_dict["generation"]
+        self.seed = seed
+        self.sigma = sigma
+        self.generation = generation
         self.best_fitness = state_dict["best_fitness"]
         if self.snapshots and best_state is not None:
             self._best_state = {name: tensor.to(self.device) for name, tensor in best_state.items()}
@@ -537,7 +544,7 @@ class Trainer(torch.optim.Optimizer):
             if unknown := set(group) - known:
                 raise ValueError(
                     f"`params` groups may have the options {sorted(known - {'param_names', 'initial_lr'})}, "
-                    f"got {sorted(unknown)}"
+                    f"got {sorted(unknown, key=str)}"
                 )
             _check_lr(group["lr"])
 
@@ -552,9 +559,16 @@ def _as_groups(params: Any) -> list[Any]:
     if not groups:
         raise ValueError("`params` must hold at least one trainable parameter, got none")
     for group in groups:
-        if isinstance(group, dict) and "params" not in group:
-            raise ValueError(f"`params` groups must have the key 'params', got {sorted(group)}")
+        if isinstance(group, dict):
+            if "params" not in group:
+                raise ValueError(f"`params` groups must have the key 'params', got {sorted(group, key=str)}")
+            _check_parameters(group["params"])
     return groups
+
+
+def _check_parameters(params: Any) -> None:
+    if isinstance(params, str) or not isinstance(params, Iterable):
+        raise TypeError(f"`params` of a group must be parameters, got {params!r:.80}")
 
 
 def _as_device(device: Any) -> torch.device:
@@ -565,11 +579,11 @@ def _as_device(device: Any) -> torch.device:
 
 
 def _described(group: Any) -> str:
-    return f"one with the keys {sorted(group)}" if isinstance(group, dict) else type(group).__name__
+    return f"one with the keys {sorted(group, key=str)}" if isinstance(group, dict) else type(group).__name__
 
 
 def _check_lr(lr: Any) -> None:
-    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor):
+    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and lr.numel() != 1):
         raise TypeError(f"`lr` must be a non-negative finite number, got {lr!r}")
     if not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"`lr` must be a non-negative finite number, got {lr!r}")

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from eggroll.config import as_int
+from eggroll.config import as_bool, as_int
 
 from .chunking import Chunking, chunk_ranges
 from .comparing import comparable
@@ -412,7 +412,7 @@ class _Call:
 
     def __init__(self, method: str, args: Any, kwargs: Any, per_member: bool, members: int):
         self.method = method
-        self.per_member = per_member
+        self.per_member = as_bool("per_member", per_member)
         self._parts = Parts((args, kwargs))
         self.tensors = self._parts.tensors
         for tensor in self.tensors if per_member else ():
