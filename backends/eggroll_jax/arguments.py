@@ -9,13 +9,19 @@ import numpy as np
 from eggroll import EggrollConfig
 from eggroll.config import as_int, as_positive_float
 
-__all__ = ["check_config", "integer", "sigma_of"]
+__all__ = ["check_config", "check_function", "integer", "sigma_of"]
 
 
 def check_config(config: Any) -> None:
     """Raises a TypeError unless it is an `EggrollConfig`."""
     if not isinstance(config, EggrollConfig):
         raise TypeError(f"`config` must be an EggrollConfig, got {config!r}")
+
+
+def check_function(fn: Any) -> None:
+    """Raises a TypeError unless it can be called."""
+    if not callable(fn):
+        raise TypeError(f"`fn` must be callable, got {fn!r}")
 
 
 def integer(name: str, value: Any) -> Any:
@@ -39,8 +45,10 @@ def sigma_of(config: EggrollConfig, sigma: Any) -> Any:
     """
     if sigma is None:
         return config.sigma
+    if isinstance(sigma, np.ndarray) and sigma.ndim == 0:
+        sigma = sigma.item()
     if not isinstance(sigma, jax.Array | np.ndarray):
         return as_positive_float("sigma", sigma)
-    if jnp.issubdtype(sigma.dtype, jnp.complexfloating) or sigma.ndim != 0:
+    if not (jnp.issubdtype(sigma.dtype, jnp.floating) or jnp.issubdtype(sigma.dtype, jnp.integer)) or sigma.ndim != 0:
         raise TypeError(f"`sigma` must be a positive number, got {sigma.dtype} of shape {sigma.shape}")
     return sigma

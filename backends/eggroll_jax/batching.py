@@ -31,9 +31,10 @@ _NOISE = 32 << 20
 
 def check_batch_size(batch_size: BatchSize) -> None:
     """Raises a TypeError or ValueError unless it is a positive int, ``"auto"`` or None."""
-    if isinstance(batch_size, str) and batch_size != "auto":
-        raise ValueError(f"`batch_size` must be a positive int, 'auto' or None, got {batch_size!r}")
-    if batch_size not in ("auto", None):
+    if isinstance(batch_size, str):
+        if batch_size != "auto":
+            raise ValueError(f"`batch_size` must be a positive int, 'auto' or None, got {batch_size!r}")
+    elif batch_size is not None:
         as_int("batch_size", batch_size, 1)
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from eggroll import EggrollConfig
 from eggroll.config import as_bool
 
+from .arguments import check_function
 from .batching import BatchSize, draws_to_sum
 from .direction import directions
 from .layout import Layout, plan
@@ -55,6 +56,7 @@ def es_value_and_grad(
         >>> bool((grad > 0).all())
         True
     """
+    check_function(fn)
     as_bool("maximize", maximize)
     as_bool("has_aux", has_aux)
     evaluate = evaluation_of(_with_scalar_value(fn, has_aux), config, layout, batch_size, strict, mesh, axis_name)

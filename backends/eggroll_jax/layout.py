@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,11 +38,11 @@ class Matrix:
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns"):
-            axes = getattr(self, name)
-            axes = (axes,) if isinstance(axes, int) else tuple(axes)
-            if not axes or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-                raise TypeError(f"`{name}` must be an axis or a non-empty tuple of axes, got {getattr(self, name)!r}")
-            object.__setattr__(self, name, axes)
+            given = getattr(self, name)
+            axes = tuple(given) if isinstance(given, tuple | list) else (given,)
+            if not axes or not all(isinstance(axis, Integral) and not isinstance(axis, bool) for axis in axes):
+                raise TypeError(f"`{name}` must be an axis or a non-empty tuple of axes, got {given!r}")
+            object.__setattr__(self, name, tuple(map(int, axes)))
 
 
 @dataclass(frozen=True)

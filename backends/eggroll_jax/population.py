@@ -12,7 +12,7 @@ from eggroll import EggrollConfig
 from eggroll.config import as_bool
 from eggroll.perturbation import draws_and_signs
 
-from .arguments import check_config, integer, sigma_of
+from .arguments import check_config, check_function, integer, sigma_of
 from .batching import BatchSize, check_batch_size, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
@@ -51,6 +51,7 @@ def perturb(
         arrays elsewhere. `materialise` makes all of it dense.
     """
     check_config(config)
+    as_bool("strict", strict)
     chosen = plan(params, config, layout)
     member = integer("member", member)
     if isinstance(member, int) and member >= config.population_size:
@@ -100,6 +101,7 @@ def population_apply(
         >>> apply(jnp.zeros((3, 2)), jax.random.key(0), 0, jnp.ones((5, 3))).shape
         (8, 5, 2)
     """
+    check_function(fn)
     evaluate = evaluation_of(fn, config, layout, batch_size, strict, mesh, axis_name)
 
     def apply(*args: Any, **options: Any) -> Any:
@@ -251,6 +253,8 @@ def _over_devices(
 
 def member_mesh(mesh: Mesh, axis_name: str, config: EggrollConfig) -> Mesh:
     """`mesh`, checked, with automatic axes: what is divided over members is known here, not by the caller's types."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"`mesh` must be a jax.sharding.Mesh, got {mesh!r}")
     if axis_name not in mesh.shape:
         raise ValueError(f"`axis_name` must be an axis of the mesh, {tuple(mesh.shape)}, got {axis_name!r}")
     around = jax.sharding.get_abstract_mesh()

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -404,7 +404,8 @@ class Trainer(torch.optim.Optimizer):
         if self._population is not None:
             raise RuntimeError("add_param_group() between two generations only: finish the open one with tell()")
         group = as_group(param_group)
-        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *group["params"]])
+        added = [given[1] if isinstance(given, tuple) else given for given in group["params"]]  # may come with names
+        trainable = named_trainable(self.model, [*flatten_groups(self.param_groups), *added])
         self._check_group_options([{**self.optimizer.defaults, **group}])
         self._check_optimizer([{**self.optimizer.defaults, **group}])
         self.optimizer.add_param_group(group)
@@ -438,10 +439,14 @@ class Trainer(torch.optim.Optimizer):
         """Goes on where `state_dict` was taken; load the model's own `state_dict` into the model as well.
 
         Raises:
-            ValueError: it was saved by a run with other hyperparameters, parameters or keys missing; nothing changed.
+            TypeError, ValueError: it was saved by a run with other hyperparameters or parameters, or is no saved run.
+                Nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"`state_dict` must be what state_dict() returned, got {state_dict!r:.80}")
         if set(state_dict) != (expected := set(self.state_dict())):
-            raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}")
+            got = sorted(state_dict, key=str)
+            raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {got}")
         for what in ("hyperparameters", "parameters"):
             saved, ours = state_dict[what], self.state_dict()[what]
             for name in sorted({*saved, *ours}):
@@ -454,14 +459,15 @@ class Trainer(torch.optim.Optimizer):
         if self.snapshots and best_state is None and state_dict["generation"] > 0:
             raise ValueError("`state_dict` holds no best member: it was saved with `snapshots` False, got True here")
         self._check_optimizer(state_dict["optimizer"]["param_groups"])
-        base_key = base_key_of(state_dict["key"])
+        seed, sigma = list(state_dict["key"]), as_positive_float("sigma", state_dict["sigma"])
+        base_key, generation = base_key_of(seed), as_int("generation", state_dict["generation"], 0)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         self._abandon()
         self._base_key = base_key
-        self.seed = list(state_dict["key"])
-        self.sigma = state_dict["sigma"]
-        self.generation = state_dict["generation"]
+        self.seed = seed
+        self.sigma = sigma
+        self.generation = generation
         self.best_fitness = state_dict["best_fitness"]
         if self.snapshots and best_state is not None:
             self._best_state = {name: tensor.to(self.device) for name, tensor in best_state.items()}
@@ -538,7 +544,7 @@ class Trainer(torch.optim.Optimizer):
             if unknown := set(group) - known:
                 raise ValueError(
                     f"`params` groups may have the options {sorted(known - {'param_names', 'initial_lr'})}, "
-                    f"got {sorted(unknown)}"
+                    f"got {sorted(unknown, key=str)}"
                 )
             check_lr(group["lr"])
 

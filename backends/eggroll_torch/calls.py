@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eggroll.config import as_bool
+
 from .perturbed import formed
 from .policy import UnsupportedOperationError
 from .trees import Parts
@@ -21,7 +23,7 @@ class Call:
 
     def __init__(self, method: str, args: Any, kwargs: Any, per_member: bool, members: int):
         self.method = method
-        self.per_member = per_member
+        self.per_member = as_bool("per_member", per_member)
         self._parts = Parts((args, kwargs))
         self.tensors = self._parts.tensors
         for tensor in self.tensors if per_member else ():

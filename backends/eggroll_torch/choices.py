@@ -51,8 +51,12 @@ def choices_by_name(
         names: of the trained parameters, by `id`.
 
     Raises:
-        ValueError: an unknown option or kind, a value out of range, a pattern that fits no parameter.
+        TypeError, ValueError: an unknown option or kind, a value that breaks its rule, a pattern that is no string or
+            fits no parameter.
     """
+    for pattern in noise or {}:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`noise` must have name patterns, which are strings, as keys, got {pattern!r}")
     patterns = {pattern: _choice(f"noise[{pattern!r}]", value) for pattern, value in (noise or {}).items()}
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names.values()):
@@ -74,7 +78,7 @@ def _choice(where: str, value: Any) -> Choice:
     if not isinstance(value, Mapping):
         raise TypeError(f"`{where}` must be one of {', '.join(map(repr, KINDS))} or a mapping, got {value!r}")
     if unknown := set(value) - set(OPTIONS):
-        raise ValueError(f"`{where}` may have the options {list(OPTIONS)}, got {sorted(unknown)}")
+        raise ValueError(f"`{where}` may have the options {list(OPTIONS)}, got {sorted(unknown, key=str)}")
     choice = Choice()
     if value.get("noise") is not None:
         choice = replace(choice, noise=as_choice(f"{where}: noise", value["noise"], KINDS))

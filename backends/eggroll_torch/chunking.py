@@ -29,9 +29,10 @@ class Chunking:
     """
 
     def __init__(self, requested: ChunkSize):
-        if requested is not None and requested != "auto":
-            if isinstance(requested, str):
+        if isinstance(requested, str):
+            if requested != "auto":
                 raise ValueError(f"`chunk_size` must be a positive int, 'auto' or None, got {requested!r}")
+        elif requested is not None:
             requested = as_int("chunk_size", requested, 1)
         self.requested = requested
         self._measured: int | None = None

@@ -41,23 +41,31 @@ def as_groups(params: Any) -> list[Any]:
     if not groups:
         raise ValueError("`params` must hold at least one trainable parameter, got none")
     for group in groups:
-        if isinstance(group, dict) and "params" not in group:
-            raise ValueError(f"`params` groups must have the key 'params', got {sorted(group)}")
+        if isinstance(group, dict):
+            if "params" not in group:
+                raise ValueError(f"`params` groups must have the key 'params', got {sorted(group, key=str)}")
+            _check_parameters(group["params"])
     return groups
 
 
 def as_group(param_group: Any) -> dict[str, Any]:
-    """A copy of one parameter group, whose parameters are a list.
+    """A copy of one parameter group, whose parameters are a list, with their names where they came with names.
 
     Raises:
         TypeError: it is no group.
     """
     if not isinstance(param_group, dict) or "params" not in param_group:
         is_dict = isinstance(param_group, dict)
-        got = f"one with the keys {sorted(param_group)}" if is_dict else type(param_group).__name__
+        got = f"one with the keys {sorted(param_group, key=str)}" if is_dict else type(param_group).__name__
         raise TypeError(f"`param_group` must be a dict with the key 'params', got {got}")
     params = param_group["params"]
+    _check_parameters(params)
     return {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def _check_parameters(params: Any) -> None:
+    if isinstance(params, str) or not isinstance(params, Iterable):
+        raise TypeError(f"`params` of a group must be parameters, got {params!r:.80}")
 
 
 def flatten_groups(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
@@ -72,7 +80,7 @@ def options_of(group: dict[str, Any]) -> dict[str, Any]:
 
 def check_lr(lr: Any) -> None:
     """Raises a TypeError or ValueError unless a group's ``lr``, a number or a tensor, is finite and not negative."""
-    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor):
+    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and lr.numel() != 1):
         raise TypeError(f"`lr` must be a non-negative finite number, got {lr!r}")
     if not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"`lr` must be a non-negative finite number, got {lr!r}")

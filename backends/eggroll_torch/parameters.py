@@ -91,12 +91,15 @@ def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.
     """The trained parameters by name: those of `params` that require a gradient.
 
     Raises:
+        TypeError: something that is no tensor.
         ValueError: no trainable parameter, one that is not the model's, one that is not floating point, or one on
             another device than the rest.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trainable: dict[str, nn.Parameter] = {}
     for index, parameter in enumerate(params):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"`params` must be parameters of `model`, but number {index} is {parameter!r:.80}")
         name = names.get(id(parameter))
         if name is None:
             raise ValueError(
@@ -202,8 +205,8 @@ def base_key_of(seed: int | Sequence[int] | Tensor) -> Tensor:
     """The key of a run from its seed: an int, or a key of two words. uint32, shape ``(2,)``, on the CPU."""
     import array_api_compat.torch as xp
 
-    if isinstance(seed, Tensor) and seed.ndim == 0:
-        seed = seed.item()  # type: ignore[assignment]
+    if getattr(seed, "ndim", None) == 0:  # a tensor or an array
+        seed = seed.item()  # type: ignore[union-attr, assignment]
     if isinstance(seed, int | str | bytes) or not hasattr(seed, "__len__"):
         return prng.key(seed, xp=xp, device="cpu")  # type: ignore[arg-type]
     return prng.key_from_words(seed, xp=xp, device="cpu")

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -340,13 +341,13 @@ class EGGROLLTrainer(Trainer):
 
 
 def _antithetic(noise_reuse: Any, antithetic: bool | None) -> Any:
-    if isinstance(noise_reuse, bool) or noise_reuse not in (0, 1, 2):
+    if isinstance(noise_reuse, bool) or not isinstance(noise_reuse, Integral) or noise_reuse not in (0, 1, 2):
         raise ValueError(
             "`noise_reuse` must be 0 or 1 (independent members) or 2 (antithetic pairs), "
             f"got {noise_reuse!r}; for draws that live several generations use `noise_lifetime`"
         )
     if antithetic is None:
-        return noise_reuse == 2
+        return bool(noise_reuse == 2)
     if antithetic is False and noise_reuse == 2:
         raise ValueError("`noise_reuse` 2 means antithetic pairs, got `antithetic` False")
     return antithetic

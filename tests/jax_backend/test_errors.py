@@ -40,6 +40,8 @@ def test_missing_fitness_and_unknown_options():
         population_apply(lambda w: w, CONFIG, chunk=2)
     with pytest.raises(ValueError, match="`batch_size` must be a positive int, got 0"):
         population_apply(lambda w: w, CONFIG, batch_size=0)
+    with pytest.raises(TypeError, match="`batch_size` must be a positive int, got array"):
+        population_apply(lambda w: w, CONFIG, batch_size=np.arange(2))
     with pytest.raises(TypeError, match="`maximize` must be a bool"):
         es_value_and_grad(lambda w: w, CONFIG, maximize="yes")
 
@@ -119,8 +121,10 @@ def test_a_parameter_without_a_part():
 def test_layouts(layout, error, message):
     with pytest.raises(error, match=message):
         perturb({"w": W}, KEY, 0, 0, CONFIG, layout=layout)
-    with pytest.raises(TypeError, match="`rows` must be an axis"):
-        Matrix(rows="in")
+    for axes in ("in", None, 1.5, (), b"x", {0}):
+        with pytest.raises(TypeError, match="`rows` must be an axis or a non-empty tuple of axes, got "):
+            Matrix(rows=axes)
+    assert Matrix(np.int64(0), [1]) == Matrix((0,), (1,))
     with pytest.raises(ValueError, match="`stack` must be a non-negative int, got -1"):
         Dense(-1)
 
@@ -143,6 +147,12 @@ def test_arguments_and_outputs_of_the_function():
         es_value_and_grad(lambda w: w.sum(), CONFIG, maximize=True, has_aux="no")
     with pytest.raises(TypeError, match="`strict` must be a bool, got 'no'"):
         population_apply(lambda w, x: x @ w, CONFIG, strict="no")
+    with pytest.raises(TypeError, match="`strict` must be a bool, got 'no'"):
+        perturb(W, KEY, 0, 0, CONFIG, strict="no")
+    with pytest.raises(TypeError, match="`fn` must be callable, got None"):
+        population_apply(None, CONFIG)
+    with pytest.raises(TypeError, match="`fn` must be callable, got 1"):
+        es_value_and_grad(1, CONFIG, maximize=True)
 
 
 @pytest.mark.parametrize("per_member", [1, None, "yes", ("yes",), (True, False)])
@@ -163,6 +173,8 @@ def test_what_is_per_member(per_member):
         ("member", 1.5, TypeError, "`member` must be a non-negative int, got 1.5"),
         ("sigma", -0.1, ValueError, "`sigma` must be a positive finite number, got -0.1"),
         ("sigma", "small", TypeError, "`sigma` must be a positive finite number, got 'small'"),
+        ("sigma", np.array(-0.1), ValueError, "`sigma` must be a positive finite number, got -0.1"),
+        ("sigma", jnp.asarray(True), TypeError, r"`sigma` must be a positive number, got bool of shape \(\)"),
         ("sigma", jnp.ones(8), TypeError, r"`sigma` must be a positive number, got float32 of shape \(8,\)"),
     ],
 )
@@ -184,6 +196,8 @@ def test_devices():
     inside = jax.shard_map(lambda w: w, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     with pytest.raises(NotImplementedError, match=r"cannot run `jax.shard_map` inside .* with `mesh=`"):
         population_apply(jax.jit(inside), CONFIG)(jnp.ones((3, 2)), KEY, 0)
+    with pytest.raises(TypeError, match=r"`mesh` must be a jax.sharding.Mesh, got \['cpu'\]"):
+        population_apply(lambda w, x: x @ w, CONFIG, mesh=["cpu"])(W, KEY, 0, jnp.ones(3))
     with pytest.raises(ValueError, match=r"`axis_name` must be an axis of the mesh, .* got 'members'"):
         population_apply(lambda w, x: x @ w, CONFIG, mesh=mesh)(W, KEY, 0, jnp.ones(3))
 

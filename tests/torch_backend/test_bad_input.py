@@ -1,5 +1,6 @@
 """Bad input gets an error that names argument, rule and value, changes nothing, and spoils nothing."""
 
+import copy
 import functools
 import pickle
 import re
@@ -57,6 +58,8 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise_reuse": 3}, ValueError, "use `noise_lifetime`"),
     ({"noise_reuse": -1}, ValueError, "`noise_reuse` must be 0 or 1"),
     ({"noise_reuse": True}, ValueError, "got True"),
+    ({"noise_reuse": 2.0}, ValueError, "`noise_reuse` must be 0 or 1 (independent members) or 2 (antithetic pairs)"),
+    ({"noise_reuse": np.arange(2)}, ValueError, "`noise_reuse` must be 0 or 1"),
     ({"noise_reuse": 2, "antithetic": False}, ValueError, "`noise_reuse` 2 means antithetic pairs"),
     ({"antithetic": 1}, TypeError, "`antithetic` must be a bool, got 1"),
     ({"noise_lifetime": 0}, ValueError, "`noise_lifetime` must be a positive int, got 0"),
@@ -74,11 +77,13 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"nonfinite": "ignore"}, ValueError, "`nonfinite` must be one of 'raise', 'worst', got 'ignore'"),
     ({"chunk_size": 0}, ValueError, "`chunk_size` must be a positive int"),
     ({"chunk_size": 2.5}, TypeError, "`chunk_size` must be a positive int"),
+    ({"chunk_size": np.arange(2)}, TypeError, "`chunk_size` must be a positive int"),
     ({"seed": -1}, ValueError, "`seed` must be a non-negative int, got -1"),
     ({"seed": 2**64}, ValueError, "`seed` must be below 2**64"),
     ({"seed": 1.5}, TypeError, "`seed` must be a non-negative int, got 1.5"),
     ({"seed": "17"}, TypeError, "`seed` must be a non-negative int, got '17'"),
     ({"seed": b"17"}, TypeError, "`seed` must be a non-negative int, got b'17'"),
+    ({"seed": np.array(1.5)}, TypeError, "`seed` must be a non-negative int, got 1.5"),
     ({"seed": (1, 2, 3)}, ValueError, "`seed` must be an int or a key of two words, got 3 words"),
     ({"seed": (1, 2**32)}, ValueError, "`seed` as a key must have words below 2**32"),
     ({"noise": "dense"}, TypeError, "`noise` must be a mapping from name patterns, got 'dense'"),
@@ -184,6 +189,14 @@ PARAMS: list[tuple[Callable[[], nn.Module], Params, type[Exception], str]] = [
         lambda m: [{"lr": 1.0}],
         ValueError,
         "`params` groups must have the key 'params', got ['lr']",
+    ),
+    (lambda: mlp(3, 2), lambda m: [{"params": None}], TypeError, "`params` of a group must be parameters, got None"),
+    (lambda: mlp(3, 2), lambda m: [{1: 2, "lr": 1.0}], ValueError, "must have the key 'params', got [1, 'lr']"),
+    (
+        lambda: mlp(3, 2),
+        lambda m: [{"params": m.parameters(), "lr": torch.ones(2)}],
+        TypeError,
+        "`lr` must be a non-negative finite number, got tensor([1., 1.])",
     ),
     (
         lambda: mlp(3, 2),
@@ -440,6 +453,12 @@ def test_a_shaping_that_works_in_place_does_not_change_the_metrics():
     assert trainer.best_fitness == 7.0
 
 
+def with_another_lr(trainer: Any) -> dict[str, Any]:
+    state = copy.deepcopy(trainer.state_dict())
+    state["optimizer"]["param_groups"][0]["lr"] = 7.0
+    return state
+
+
 CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda t: t.tell(scores()), RuntimeError, "tell() finishes the generation of an ask(), and none is open"),
     (lambda t: t.step(), RuntimeError, "step() needs a `fitness_fn` or a `population_fitness_fn`"),
@@ -462,6 +481,13 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
         "`param_group` must be a dict with the key 'params', got one with the keys ['param']",
     ),
     (lambda t: t.add_param_group(t.model[0].weight), TypeError, "with the key 'params', got Parameter"),
+    (lambda t: t.add_param_group({"params": 1}), TypeError, "`params` of a group must be parameters, got 1"),
+    (
+        lambda t: t.add_param_group({"params": [1]}),
+        TypeError,
+        "`params` must be parameters of `model`, but number 4 is 1",
+    ),
+    (lambda t: t.ask()(torch.ones(3), per_member="no"), TypeError, "`per_member` must be a bool, got 'no'"),
     (lambda t: t.ask().state_dict(8), IndexError, "`index` must be in [-8, 8), got 8"),
     (lambda t: t.ask().state_dict(1.0), TypeError, "`index` must be an int, got 1.0"),
     (lambda t: t.ask().state_dict(0, torch.int8), TypeError, "`dtype` must be a floating-point dtype of PyTorch"),
@@ -472,6 +498,21 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
         "send `population.state_dict(i)` to another process, or the trainer",
     ),
     (lambda t: t.load_state_dict({}), ValueError, "`state_dict` must have the keys"),
+    (
+        lambda t: t.load_state_dict("run.pt"),
+        TypeError,
+        "`state_dict` must be what state_dict() returned, got 'run.pt'",
+    ),
+    (
+        lambda t: t.load_state_dict({**with_another_lr(t), "sigma": -1}),
+        ValueError,
+        "`sigma` must be a positive finite",
+    ),
+    (
+        lambda t: t.load_state_dict({**with_another_lr(t), "generation": None}),
+        TypeError,
+        "`generation` must be a non-",
+    ),
     (lambda t: t.load_state_dict(make_trainer(rank=2).state_dict()), ValueError, "rank is 2 there and 1 here"),
     (
         lambda t: t.load_state_dict(make_trainer(rng="philox").state_dict()),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,7 @@ def test_the_seed_decides_the_run(kind: type):
     assert_identical(run(7), run(7))
     assert_identical(run((0, 7)), run(7))
     assert_identical(run(torch.tensor([0, 7])), run(7))
+    assert_identical(run(np.array(7)), run(7))
     assert_identical(run((3, 5)), run(3 * 2**32 + 5))
     for other in (8, 7 + 2**32, (7, 0)):
         assert not torch.equal(run(other)["0.weight"], run(7)["0.weight"])
@@ -525,6 +527,21 @@ def test_freezing_and_thawing_between_generations():
         trainer.step()
         assert torch.equal(model.state_dict()["0.weight"], before["0.weight"]) == frozen
         assert not torch.equal(model.state_dict()["2.weight"], before["2.weight"])
+
+
+def test_adding_named_parameters():
+    model = mlp(3, 4, 2)
+    trainer = make(model=model, params=model[2].named_parameters())
+    trainer.add_param_group({"params": model[0].named_parameters()})
+    assert [group["param_names"] for group in trainer.param_groups] == [["weight", "bias"]] * 2
+    trainer.ask()
+    trainer.tell(scores())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert make(noise_reuse=np.int64(2)).config.antithetic is True
+    assert make(noise_reuse=np.int64(1)).config.antithetic is False
 
 
 def test_adding_a_group():
