@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from eggroll.config import as_int
 
@@ -455,6 +456,8 @@ class _Outputs:
     def take_apart(self, result: Any) -> list[Tensor]:
         """The tensors of what one member, or all of them under `vmap`, returned."""
         parts = Parts(result)
+        for other in parts.others:
+            _check_has_members(other)
         self._accept(parts.without_tensors())
         return [formed(tensor, "the model's output") for tensor in parts.tensors]
 
@@ -497,6 +500,17 @@ class _Collected:
 
     def tree(self) -> Any:
         return self._first.tree(self._tensors)
+
+
+def _check_has_members(output: Any) -> None:
+    """Raises for what would be that of no member, or not know that it is that of all."""
+    if isinstance(output, Iterator):
+        problem, remedy = "which would compute only after the members are gone", "return a list or a tensor"
+    elif isinstance(output, Distribution):
+        problem, remedy = "whose shapes have no axis over members", "return its parameters, or a sample"
+    else:
+        return
+    raise UnsupportedOperationError(f"the model returns a {type(output).__name__}, {problem}: {remedy}")
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
