@@ -15,17 +15,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._functorch import vmap as functorch_vmap
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .autocast import autocasts
 from .derivatives import differentiates
-from .perturbed import accepts, formed, unwrapped
+from .perturbed import Weight, accepts, formed, unwrapped
 from .vectorising import called
 
-__all__ = ["MemberMode", "attention", "dropout", "replaced", "uniform", "vectorised_inside"]
+__all__ = ["MemberMode", "attention", "copied_each", "dropout", "replaced", "uniform", "vectorised_inside"]
 
 _current: ContextVar["MemberMode | None"] = ContextVar("eggroll_member_mode", default=None)
 
@@ -128,7 +130,8 @@ class _Unseen:
 
     That is `Function.apply`, which `vmap` refuses without a rule for it, for the thread that runs the member alone:
     others get what PyTorch does, and so does a model that takes derivatives. An `apply` that was taken from its class
-    before is not seen here. And a weight that the model itself runs a `vmap` over, which takes it without asking it.
+    before is not seen here. And a weight that the model itself runs a `vmap` over, or takes a derivative with respect
+    to: these take it without asking it.
     """
 
     def __init__(self) -> None:
@@ -137,6 +140,7 @@ class _Unseen:
         self._original: Any = None
         self._answer = classmethod(self._apply)
         self._add_batch_dim: Any = None
+        self._wrap_for_grad: Any = None
 
     def begin(self) -> None:
         with self._lock:
@@ -146,6 +150,8 @@ class _Unseen:
                 Function.apply = self._answer  # type: ignore[method-assign,assignment]
                 self._add_batch_dim = functorch_vmap._add_batch_dim
                 functorch_vmap._add_batch_dim = self._vectorised_over  # type: ignore[assignment]
+                self._wrap_for_grad = eager_transforms._wrap_for_grad
+                eager_transforms._wrap_for_grad = self._differentiated
 
     def end(self) -> None:
         with self._lock:
@@ -155,9 +161,16 @@ class _Unseen:
             if vars(Function)["apply"] is self._answer:
                 Function.apply = self._original  # type: ignore[method-assign]
             functorch_vmap._add_batch_dim = self._add_batch_dim
+            eager_transforms._wrap_for_grad = self._wrap_for_grad
 
     def _vectorised_over(self, tensor: Tensor, dim: int, level: int) -> Tensor:
         return self._add_batch_dim(formed(tensor, "torch.vmap"), dim, level)
+
+    def _differentiated(self, tensor: Tensor, level: int) -> Tensor:
+        if isinstance(tensor, Weight):
+            with retrieve_current_functorch_interpreter().lower():  # before there is a derivative
+                tensor = formed(tensor, "torch.func")
+        return self._wrap_for_grad(tensor, level)
 
     def _apply(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         has_rule = function.generate_vmap_rule or function.vmap is not Function.vmap
