@@ -75,8 +75,7 @@ class MemberMode(TorchFunctionMode):
                 kwargs = {name: self._of_member(value) for name, value in kwargs.items()}
         if answer is None:
             result = func(*args, **kwargs)
-            # A copy for each member, of any dtype.
-            return torch.where(self._member >= 0, result, result) if self._fills_tensors and func in _MADE else result
+            return copied_each(self._member, result) if self._fills_tensors and func in _MADE else result
         try:
             return answer(*args, **kwargs)
         except TypeError:
@@ -100,6 +99,7 @@ _MADE = {
     *(torch.zeros, torch.ones, torch.empty, torch.full),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
     *(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty, torch.Tensor.new_full),
+    *(torch.clone, torch.Tensor.clone),
 }
 """What makes tensors to be filled."""
 
@@ -112,6 +112,11 @@ def uniform(shape: torch.Size) -> Tensor:
     mode = _current.get()
     assert mode is not None
     return mode.uniform(shape)
+
+
+def copied_each(member: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of a tensor, of any dtype, for each member under `torch.vmap`, which may write to it."""
+    return torch.where(member >= 0, tensor, tensor)
 
 
 def vectorised_inside() -> bool:

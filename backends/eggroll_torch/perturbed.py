@@ -48,6 +48,7 @@ class Way:
         fills_tensors: whether the model puts what members compute into tensors that it makes, such as zeros, or
             into its buffers.
         own_buffers: the names of those buffers.
+        own_inputs: whether the model puts what members compute into its inputs, or into what it makes of them alone.
         one_by_one: the model cannot be vectorised over members.
         captured: the model has operators that have to be captured as a whole, such as `torch.cond`: members then run
             with ordinary tensors for weights, whose use is not noted.
@@ -56,6 +57,7 @@ class Way:
     writes_to_inputs: bool | None = None
     fills_tensors: bool = False
     own_buffers: frozenset[str] = frozenset()
+    own_inputs: bool = False
     one_by_one: bool = False
     captured: bool = False
 
@@ -127,10 +129,10 @@ class Policy:
             # Not every error means that vmap is at fault: if members fail alone too, theirs is the true one.
             way.own_buffers = written_to()
             way.fills_tensors = True
-            try:
-                return vectorised()
-            except Exception:
-                way.fills_tensors, way.own_buffers = False, frozenset()
+            for way.own_inputs in (False, True):
+                with contextlib.suppress(Exception):
+                    return vectorised()
+            way.fills_tensors, way.own_buffers, way.own_inputs = False, frozenset(), False
         result = one_by_one()
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         self.fall_back(

@@ -16,7 +16,7 @@ from .chunking import Chunking, chunk_ranges
 from .comparing import comparable
 from .compiling import Compiler, Function, left_as_it_is
 from .lora import adapter
-from .member_mode import MemberMode
+from .member_mode import MemberMode, copied_each
 from .perturbed import Policy, UnsupportedOperationError, formed
 from .swap import HeldTensors, check_is_itself, seeded, swapped
 from .threads import alone
@@ -313,7 +313,7 @@ class Population:
 
         def copied_for(index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
             return {
-                name: torch.where(index >= 0, buffer, buffer) if name in way.own_buffers else buffer.clone()
+                name: copied_each(index, buffer) if name in way.own_buffers else buffer.clone()
                 for name, buffer in buffers.items()
             }
 
@@ -336,6 +336,8 @@ class Population:
             def run(index: Tensor, place: Tensor, *rest: Tensor) -> list[Tensor]:
                 bound = weights.bind(place, dict(zip(mine, rest, strict=False)), shared)
                 given = list(rest[len(mine) :]) if call.per_member else inputs
+                if way.own_inputs and not call.per_member:
+                    given = [copied_each(index, tensor) for tensor in given]
                 return run_member(index, key, held | bound | copied_for(index, buffers), given)
 
             outputs.clear()

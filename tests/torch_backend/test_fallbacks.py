@@ -191,6 +191,9 @@ FILLED: dict[str, Callable[[Model, Tensor], Any]] = {
     "like the input": lambda m, x: x.new_full((5, 4), 1.0).mul_(F.linear(x, m.weight, m.bias)),
     "flags": lambda m, x: torch.zeros(5, 4, dtype=torch.bool).logical_or_(F.linear(x, m.weight, m.bias) > 0),
     "after the input": doubled,
+    "a copy of the input": lambda m, x: x.clone()[:, :4].mul_(F.linear(x, m.weight, m.bias)),
+    "made of the input": lambda m, x: (x[:, :4] * 2).add_(F.linear(x, m.weight, m.bias)),
+    "the input": lambda m, x: x[:, :4].add_(F.linear(x, m.weight, m.bias)) + x.sum(),
 }
 
 

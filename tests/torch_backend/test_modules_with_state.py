@@ -205,7 +205,7 @@ def assign_data(model: InPlace, x: Tensor) -> None:
 CHANGES: dict[str, tuple[Callable[[InPlace, Tensor], Any], bool]] = {
     # the change, and whether members can do it at once
     "input": (lambda m, x: x.mul_(2), True),
-    "input by weights": (lambda m, x: x.add_(m.scale.sum()), False),
+    "input by weights": (lambda m, x: x.add_(m.scale.sum()), True),
     "matrix": (lambda m, x: m.linear.weight.mul_(0.5), False),
     "rows": (lambda m, x: m.linear.weight.__setitem__(0, 0.0), False),
     "clamped data": (lambda m, x: m.linear.weight.data.clamp_(-0.1, 0.1), False),
