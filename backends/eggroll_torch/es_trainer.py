@@ -16,7 +16,7 @@ from .chunking import ChunkSize
 from .compiling import Compile
 from .drawing import Draws, Rows
 from .fitness import Nonfinite
-from .perturbed import Policy
+from .perturbed import DenseWeight, Policy
 from .population import MemberWeights, Randomness
 from .processes import Distributed, Processes
 from .swap import seeded
@@ -219,7 +219,7 @@ class _FlatWeights:
         return {}
 
     def bind(self, place: Tensor, mine: dict[str, Tensor], shared: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        return mine
+        return {name: DenseWeight.make(weight, name, self.policy) for name, weight in mine.items()}
 
     @torch.no_grad()
     def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from . import ops
 from .autocast import autocasts
 from .derivatives import differentiates
-from .perturbed import Weight, accepts, formed, unwrapped
+from .perturbed import LowRankWeight, Weight, accepts, formed, unwrapped
 from .vectorising import called
 
 __all__ = ["MemberMode", "attention", "copied_each", "dropout", "replaced", "uniform", "vectorised_inside"]
@@ -307,6 +307,12 @@ def _group_norm(input, *args, **kwargs):
 
 
 FUNCTIONS |= {F.layer_norm: _norm(F.layer_norm), F.group_norm: _norm(_group_norm), F.rms_norm: _norm(F.rms_norm)}
+
+
+@_answers(torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+def _data(input):
+    # `torch.vmap` gives none. A low-rank weight has an answer of its own.
+    return input.data if isinstance(input, LowRankWeight) or _level() is None else unwrapped(input).detach()
 
 
 @_answers(torch.Tensor.contiguous)

@@ -12,7 +12,7 @@ import inspect
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -50,8 +50,8 @@ class Way:
         own_buffers: the names of those buffers.
         own_inputs: whether the model puts what members compute into its inputs, or into what it makes of them alone.
         one_by_one: the model cannot be vectorised over members.
-        captured: the model has operators that have to be captured as a whole, such as `torch.cond`: members then run
-            with ordinary tensors for weights, whose use is not noted.
+        captured: the model has operators that have to be captured as a whole, such as `torch.cond`, in which the use
+            of weights is not seen.
     """
 
     writes_to_inputs: bool | None = None
@@ -88,16 +88,25 @@ class Policy:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Notes which parameters of the model itself are used inside, the first time that some are.
 
-        Compiled and scripted modules compute where this cannot see: nothing is concluded for them, nor where no
-        parameter is used at all, as by a score that is computed elsewhere.
+        Nothing is concluded for modules that are `_opaque`, nor where no parameter is used at all, as by a score that
+        is computed elsewhere.
         """
-        opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
-        if self.forward_passes or any(isinstance(module, opaque) for module in model.modules()):
+        if self.forward_passes or _opaque(model):
             yield
             return
         with _Watch({id(parameter): name for name, parameter in model.named_parameters()}, self.used):
             yield
         self.forward_passes += bool(self.used)
+
+    @contextlib.contextmanager
+    def watching_member(self, model: nn.Module, parameters: Mapping[str, Tensor], way: Way) -> Iterator[None]:
+        """Notes which parameters of a member that runs alone are used inside; all where that cannot be seen."""
+        if way.captured or _opaque(model):
+            self.used.update(parameters)
+            yield
+            return
+        with _Watch({id(parameter): name for name, parameter in parameters.items()}, self.used):
+            yield
 
     def run(
         self,
@@ -149,6 +158,12 @@ class Policy:
         if (kind or problem) not in self.warned:
             self.warned.add(kind or problem)
             warnings.warn(f"{problem}: {remedy}", MaterialisedWarning, stacklevel=2)
+
+
+def _opaque(model: nn.Module) -> bool:
+    """Whether there are compiled or scripted modules, which compute where `_Watch` cannot see."""
+    opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+    return any(isinstance(module, opaque) for module in model.modules())
 
 
 class _Watch(TorchFunctionMode):
@@ -231,6 +246,7 @@ class Weight(torch.Tensor):
     """
 
     base: Tensor
+    _is_param = True  # what `isinstance(weight, nn.Parameter)` asks for
 
     @classmethod
     def wrapping(cls, base: Tensor) -> Self:
@@ -244,7 +260,9 @@ class Weight(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
-            return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+            return func == _REQUIRES_GRAD or func(
+                *map(plain, args), **{name: plain(value) for name, value in kwargs.items()}
+            )
         return cls.computed(func, args, kwargs)
 
     @classmethod
@@ -479,6 +497,8 @@ def accepts(rule: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         return False
     return True
 
+
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 # What asks about the tensor, not about its values.
 _ATTRIBUTES = """

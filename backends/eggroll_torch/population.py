@@ -64,8 +64,8 @@ class MemberWeights(Protocol):
 
         Args:
             place: int64, shape ``()``, the member's place in the chunk.
-            mine: its slices of `batched`, or all of `materialise`.
-            shared: what `shared` returned; nothing beside all of `materialise`.
+            mine: its slices of `batched`.
+            shared: what `shared` returned.
         """
 
     def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -363,12 +363,10 @@ class Population:
         def run_alone(place: int, given: list[Tensor], copies: dict[str, Tensor]) -> list[Tensor]:
             with self._seeded(members[place]):
                 alone = [tensor.clone() for tensor in call.of_member(given, place)]
-                bound = weights.materialise(members[place])
-                if way.captured:
-                    weights.policy.used.update(bound)  # as far as can be known
-                else:
-                    bound = weights.bind(index[place], bound, {})
-                return run_member(index[place], key, bound | copies, alone)
+                # Parameters: the model may take derivatives with respect to them, or have an optimizer change them.
+                bound = {name: nn.Parameter(tensor) for name, tensor in weights.materialise(members[place]).items()}
+                with weights.policy.watching_member(self._model, bound, way):
+                    return run_member(index[place], key, bound | copies, alone)
 
         def written_to() -> frozenset[str]:
             outputs.clear()
