@@ -19,7 +19,7 @@ from .lora import adapter
 from .member_mode import MemberMode, copied_each
 from .perturbed import Policy, UnsupportedOperationError, formed
 from .swap import HeldTensors, check_is_itself, seeded, swapped
-from .threads import alone
+from .threads import alone, lock
 from .trees import Parts
 from .vectorising import vectorised
 
@@ -209,13 +209,14 @@ class Population:
         Parameters point to the member's weights and back to their own storage afterwards, whatever happened inside;
         so do buffers, which the member can write to without the next one seeing it.
         """
-        check_is_itself(self._model, "population.member()")
-        with swapped(self._model, self._materialised(index)):
-            torch.clear_autocast_cache()  # which holds casts of the weights that were there before
-            try:
-                yield self._model
-            finally:
-                torch.clear_autocast_cache()
+        with lock(self._model):
+            check_is_itself(self._model, "population.member()")
+            with swapped(self._model, self._materialised(index)):
+                torch.clear_autocast_cache()  # which holds casts of the weights that were there before
+                try:
+                    yield self._model
+                finally:
+                    torch.clear_autocast_cache()
 
     @alone
     def lora(self, index: int) -> dict[str, Tensor]:
@@ -245,7 +246,6 @@ class Population:
                     scores.append(fitness_fn(model))
         return scores
 
-    @alone
     def _materialised(self, index: int) -> dict[str, Tensor]:
         return self.weights.materialise(self._member(index))
 
@@ -279,7 +279,6 @@ class Population:
     @left_as_it_is
     @torch.no_grad()
     def _run(self, call: "_Call") -> Any:
-        check_is_itself(self._model, "a population")
         size = self._size(call)
         call.kind = self._kind(call) if self._compiler.enabled else None
         collected: _Collected | None = None
@@ -296,6 +295,7 @@ class Population:
     @torch.no_grad()
     @alone
     def _run_chunk(self, call: "_Call", members: range, compiler: Compiler) -> "_Outputs":
+        check_is_itself(self._model, "a population")
         weights = self.weights
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
         # Copies of the inputs are made until a call has shown that the model does not write to them.
