@@ -22,6 +22,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from . import ops
+from .aten import function_behind
 from .autocast import autocasts
 from .derivatives import differentiates
 from .perturbed import LowRankWeight, Weight, accepts, formed, unwrapped
@@ -64,7 +65,7 @@ class MemberMode(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        answer, kwargs = FUNCTIONS.get(func), kwargs or {}
+        answer, kwargs = FUNCTIONS.get(function_behind(func)), kwargs or {}
         if not torch.compiler.is_compiling():  # Dynamo does not follow ids
             own = self._own
             for value in args:
@@ -280,6 +281,11 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
         running_mean = running_var = None
     x = _widened(input, weight, running_mean)
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps).to(input.dtype)
+
+
+@_answers(torch.batch_norm)
+def _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @_answers(F.instance_norm)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from eggroll import prng
 
 from . import ops
+from .aten import function_behind
 from .derivatives import differentiates
 from .noise import DrawnFactors, StoredFactors
 from .vectorising import called
@@ -302,7 +303,7 @@ class LowRankWeight(Weight):
 
     @classmethod
     def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        rule = cls.rules.get(func)
+        rule = cls.rules.get(function_behind(func))
         if rule is not None:
             try:
                 result = rule(*args, **kwargs)

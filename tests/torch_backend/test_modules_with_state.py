@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_backend.support import assert_close, assert_identical, make_trainer
 
@@ -367,6 +368,33 @@ def test_scripted_modules(whole: bool) -> None:
         return dict(model.state_dict())
 
     assert_identical(trained(True), trained(False))
+
+
+class Exported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.linear, self.lstm = nn.Embedding(5, 6), nn.Linear(6, 4), nn.LSTM(4, 4, batch_first=True)
+        self.norm, self.weight = nn.BatchNorm1d(4), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.norm(self.linear(self.embedding(index)).mT).mT
+        x = self.lstm(x + F.scaled_dot_product_attention(x, x, x))[0]
+        return F.dropout(x, 0.5) @ self.weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_exported_programs(training: bool) -> None:
+    """They call the operations of ATen, which have the same rules and answers; dropout is the member's own."""
+    index = torch.arange(12).view(2, 6) % 5
+    model = Exported().train(training)
+    exported = torch.export.export(model, (index,)).module()
+    outputs = [
+        make_trainer(of, population_size=MEMBERS, chunk_size=chunk_size, strict=True).ask()(index)
+        for of, chunk_size in ((model, None), (exported, None), (exported, 2))
+    ]
+    for of_exported in outputs[1:]:
+        assert_close(of_exported, outputs[0], 1e-5)
 
 
 class WithNotes(nn.Linear):
