@@ -297,9 +297,15 @@ class Population:
     def _run_chunk(self, call: "_Call", members: range, compiler: Compiler) -> "_Outputs":
         check_is_itself(self._model, "a population")
         weights = self.weights
+        held_by_modules = HeldTensors(self._model)
+        names, buffers = held_by_modules.all(), held_by_modules.buffers
+        # A tensor of the model that is handed in has its values for all members, and is not the member's own.
+        given = [
+            tensor.detach() if held_by_modules.hold(tensor) else tensor
+            for tensor in call.inputs(members.start - self._members.start, len(members))
+        ]
         # Members write to copies, of buffers too: nothing of one chunk reaches the next, the model or the caller.
         # Copies of the inputs are made until a call has shown that the model does not write to them.
-        given = call.inputs(members.start - self._members.start, len(members))
         way = weights.policy.ways[call.method, self._model.training]
         copied = way.fills_tensors or way.writes_to_inputs is not False
         inputs = [tensor.clone() for tensor in given] if copied else given
@@ -308,8 +314,6 @@ class Population:
         outputs = _Outputs()
         index = torch.arange(members.start, members.stop, device=weights.device)
         key = weights.randomness_key.to(weights.device, non_blocking=True)
-        held_by_modules = HeldTensors(self._model)
-        names, buffers = held_by_modules.all(), held_by_modules.buffers
 
         def copied_for(index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
             return {

@@ -152,6 +152,9 @@ class HeldTensors:
                         found[prefix + name] = value
         return found
 
+    def hold(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._seen
+
     def all(self) -> dict[str, Tensor]:
         return {**self.parameters, **self.buffers, **self.attributes}
 

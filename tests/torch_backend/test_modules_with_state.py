@@ -397,6 +397,26 @@ def test_exported_programs(training: bool) -> None:
         assert_close(of_exported, outputs[0], 1e-5)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.start = nn.Parameter(torch.ones(4))
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.linear(x) * state + self.start
+
+
+@pytest.mark.parametrize("name", ["start", "shift"])
+def test_a_tensor_of_the_model_as_an_input_has_its_values(name: str) -> None:
+    model, x = Recurrent(), torch.ones(3, 4)
+    population = make_trainer(model, population_size=MEMBERS).ask()
+    expected = population(x, getattr(model, name).detach().clone())
+    for _ in range(3):
+        assert_identical(population(x, getattr(model, name)), expected)
+
+
 class WithNotes(nn.Linear):
     def get_extra_state(self) -> Any:
         return {"notes": 3}
