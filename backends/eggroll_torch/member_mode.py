@@ -207,7 +207,7 @@ def dropout(x: Tensor, p: float, shape: torch.Size | None = None) -> Tensor:
     if p == 1:
         return x * 0
     keep = mode.uniform(x.shape if shape is None else shape) >= p
-    return x * (keep / (1 - p)).to(x.dtype)
+    return x * (keep.to(x.dtype) / (1 - p))
 
 
 def attention(
