@@ -338,9 +338,11 @@ class Trainer(torch.optim.Optimizer):
         """A copy of the model with the weights of the best member seen; the current model before any generation.
 
         Raises:
-            RuntimeError: the trainer keeps no `snapshots`.
+            RuntimeError: the trainer keeps no `snapshots`; before any generation, the model is a member.
         """
         self._check_snapshots("get_best_model")
+        if self._best_state is None:
+            check_is_itself(self.model, "get_best_model() before any generation")
         best = copy.deepcopy(self.model)
         if self._best_state is not None:
             with torch.no_grad():
@@ -477,6 +479,7 @@ class Trainer(torch.optim.Optimizer):
         self._parameters_changed()
 
     def __getstate__(self) -> dict[str, Any]:
+        check_is_itself(self.model, "a copy of the trainer")
         # A learning-rate scheduler wraps `step` of the object that it was given, not of its copies. A copy evaluates
         # an open generation again. PyTorch does not read back the unsigned integers that it pickles.
         state = {name: value for name, value in self.__dict__.items() if name != "step"}

@@ -1,10 +1,11 @@
 """A call of the model, what it returned for the members of a chunk, and what came together of all chunks."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from eggroll.config import as_bool
 
@@ -66,6 +67,8 @@ class Outputs:
     def take_apart(self, result: Any) -> list[Tensor]:
         """The tensors of what one member, or all of them under `vmap`, returned."""
         parts = Parts(result)
+        for other in parts.others:
+            _check_has_members(other)
         self._accept(parts.without_tensors())
         return [formed(tensor, "the model's output") for tensor in parts.tensors]
 
@@ -114,6 +117,17 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """What members that ran one by one returned, with an axis over them."""
     _check_shapes({tuple(tensor.shape) for tensor in tensors})
     return torch.stack(list(tensors))
+
+
+def _check_has_members(output: Any) -> None:
+    """Raises for what would be that of no member, or not know that it is that of all."""
+    if isinstance(output, Iterator):
+        problem, remedy = "which would compute only after the members are gone", "return a list or a tensor"
+    elif isinstance(output, Distribution):
+        problem, remedy = "whose shapes have no axis over members", "return its parameters, or a sample"
+    else:
+        return
+    raise UnsupportedOperationError(f"the model returns a {type(output).__name__}, {problem}: {remedy}")
 
 
 def _check_shapes(shapes: set[tuple[int, ...]]) -> None:

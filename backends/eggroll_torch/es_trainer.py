@@ -19,6 +19,7 @@ from .fitness import Nonfinite
 from .forward import Randomness
 from .groups import OptimizerFactory
 from .member_weights import MemberWeights
+from .perturbed import DenseWeight
 from .policy import Policy
 from .processes import Distributed, Processes
 from .swap import seeded
@@ -221,7 +222,7 @@ class _FlatWeights:
         return {}
 
     def bind(self, place: Tensor, mine: dict[str, Tensor], shared: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        return mine
+        return {name: DenseWeight.make(weight, name, self.policy) for name, weight in mine.items()}
 
     @torch.no_grad()
     def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

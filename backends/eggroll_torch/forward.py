@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .calls import Call, Outputs, stacked
 from .comparing import comparable
 from .compiling import Compiler, Function
-from .member_mode import MemberMode
+from .member_mode import MemberMode, copied_each
 from .member_weights import MemberWeights
 from .swap import HeldTensors, seeded
 from .vectorising import vectorised
@@ -54,7 +54,12 @@ class ForwardPass:
         self._first = first
         self._compiler = compiler
         self._way = weights.policy.ways[call.method, model.training]
-        self._given = call.inputs(first, len(members))
+        self._held = HeldTensors(model)
+        self._names, self._buffers = self._held.all(), self._held.buffers
+        # A tensor of the model that is handed in has its values for all members, and is not the member's own.
+        self._given = [
+            tensor.detach() if self._held.hold(tensor) else tensor for tensor in call.inputs(first, len(members))
+        ]
         self._copies_inputs = self._way.fills_tensors or self._way.writes_to_inputs is not False
         self._inputs = [tensor.clone() for tensor in self._given] if self._copies_inputs else self._given
         # Outside inference mode tensors count how often they were written to.
@@ -63,8 +68,6 @@ class ForwardPass:
         self._outputs = Outputs()
         self._index = torch.arange(members.start, members.stop, device=weights.device)
         self._key = weights.randomness_key.to(weights.device, non_blocking=True)
-        self._held = HeldTensors(model)
-        self._names, self._buffers = self._held.all(), self._held.buffers
 
     def run(self) -> Outputs:
         """The outputs of the members.
@@ -124,6 +127,8 @@ class ForwardPass:
         def run(index: Tensor, place: Tensor, *rest: Tensor) -> list[Tensor]:
             bound = self._weights.bind(place, dict(zip(mine, rest, strict=False)), shared)
             own_inputs = list(rest[len(mine) :]) if per_member else inputs
+            if self._way.own_inputs and not per_member:
+                own_inputs = [copied_each(index, tensor) for tensor in own_inputs]
             return self._run_member(index, key, held | bound | self._copied_for(index, buffers), own_inputs)
 
         self._outputs.clear()
@@ -162,19 +167,16 @@ class ForwardPass:
         weights, member, index = self._weights, self._members[place], self._index[place]
         with seeded_for(weights, self._randomness, member):
             own_inputs = [tensor.clone() for tensor in self._call.of_member(inputs, place)]
-            bound = weights.materialise(member)
-            if self._way.captured:
-                weights.policy.used.update(bound)  # as far as can be known
-            else:
-                bound = weights.bind(index, bound, {})
-            return self._run_member(index, self._key, bound | buffers, own_inputs)
+            # Parameters: the model may take derivatives with respect to them, or have an optimizer change them.
+            bound = {name: nn.Parameter(tensor) for name, tensor in weights.materialise(member).items()}
+            with weights.policy.watching_member(self._model, bound, self._way):
+                return self._run_member(index, self._key, bound | buffers, own_inputs)
 
     def _copied_for(self, index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies of buffers; of those that members write to one that is the member's own under `vmap`."""
         own = self._way.own_buffers
         return {
-            name: torch.where(index >= 0, buffer, buffer) if name in own else buffer.clone()
-            for name, buffer in buffers.items()
+            name: copied_each(index, buffer) if name in own else buffer.clone() for name, buffer in buffers.items()
         }
 
     def _note_writes_to_inputs(self) -> None:

@@ -13,16 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._functorch import vmap as functorch_vmap
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from . import member_ops
+from .aten import function_behind
 from .derivatives import differentiates
-from .perturbed import accepts, formed
+from .perturbed import Weight, accepts, formed
 from .vectorising import called
 
-__all__ = ["FUNCTIONS", "MemberMode", "is_active", "transformation_level", "uniform", "vectorised_inside"]
+__all__ = [
+    "FUNCTIONS",
+    "MemberMode",
+    "copied_each",
+    "is_active",
+    "transformation_level",
+    "uniform",
+    "vectorised_inside",
+]
 
 _current: ContextVar["MemberMode | None"] = ContextVar("eggroll_member_mode", default=None)
 
@@ -59,7 +70,7 @@ class MemberMode(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        answer, kwargs = FUNCTIONS.get(func), kwargs or {}
+        answer, kwargs = FUNCTIONS.get(function_behind(func)), kwargs or {}
         if not torch.compiler.is_compiling():  # Dynamo does not follow ids
             own = self._own
             for value in args:
@@ -70,8 +81,7 @@ class MemberMode(TorchFunctionMode):
                 kwargs = {name: self._of_member(value) for name, value in kwargs.items()}
         if answer is None:
             result = func(*args, **kwargs)
-            # A copy for each member, of any dtype.
-            return torch.where(self._member >= 0, result, result) if self._fills_tensors and func in _MADE else result
+            return copied_each(self._member, result) if self._fills_tensors and func in _MADE else result
         try:
             return answer(*args, **kwargs)
         except TypeError:
@@ -95,6 +105,7 @@ _MADE = {
     *(torch.zeros, torch.ones, torch.empty, torch.full),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
     *(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty, torch.Tensor.new_full),
+    *(torch.clone, torch.Tensor.clone),
 }
 """What makes tensors to be filled."""
 
@@ -107,6 +118,11 @@ def uniform(shape: torch.Size) -> Tensor:
     mode = _current.get()
     assert mode is not None
     return mode.uniform(shape)
+
+
+def copied_each(member: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of a tensor, of any dtype, for each member under `torch.vmap`, which may write to it."""
+    return torch.where(member >= 0, tensor, tensor)
 
 
 def is_active() -> bool:
@@ -130,7 +146,8 @@ class _Unseen:
 
     That is `Function.apply`, which `vmap` refuses without a rule for it, for the thread that runs the member alone:
     others get what PyTorch does, and so does a model that takes derivatives. An `apply` that was taken from its class
-    before is not seen here. And a weight that the model itself runs a `vmap` over, which takes it without asking it.
+    before is not seen here. And a weight that the model itself runs a `vmap` over, or takes a derivative with respect
+    to: these take it without asking it.
     """
 
     def __init__(self) -> None:
@@ -139,6 +156,7 @@ class _Unseen:
         self._original: Any = None
         self._answer = classmethod(self._apply)
         self._add_batch_dim: Any = None
+        self._wrap_for_grad: Any = None
 
     def begin(self) -> None:
         with self._lock:
@@ -148,6 +166,8 @@ class _Unseen:
                 Function.apply = self._answer  # type: ignore[method-assign,assignment]
                 self._add_batch_dim = functorch_vmap._add_batch_dim
                 functorch_vmap._add_batch_dim = self._vectorised_over  # type: ignore[assignment]
+                self._wrap_for_grad = eager_transforms._wrap_for_grad
+                eager_transforms._wrap_for_grad = self._differentiated
 
     def end(self) -> None:
         with self._lock:
@@ -157,9 +177,16 @@ class _Unseen:
             if vars(Function)["apply"] is self._answer:
                 Function.apply = self._original  # type: ignore[method-assign]
             functorch_vmap._add_batch_dim = self._add_batch_dim
+            eager_transforms._wrap_for_grad = self._wrap_for_grad
 
     def _vectorised_over(self, tensor: Tensor, dim: int, level: int) -> Tensor:
         return self._add_batch_dim(formed(tensor, "torch.vmap"), dim, level)
+
+    def _differentiated(self, tensor: Tensor, level: int) -> Tensor:
+        if isinstance(tensor, Weight):
+            with retrieve_current_functorch_interpreter().lower():  # before there is a derivative
+                tensor = formed(tensor, "torch.func")
+        return self._wrap_for_grad(tensor, level)
 
     def _apply(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         has_rule = function.generate_vmap_rule or function.vmap is not Function.vmap

@@ -46,8 +46,8 @@ class MemberWeights(Protocol):
 
         Args:
             place: int64, shape ``()``, the member's place in the chunk.
-            mine: its slices of `batched`, or all of `materialise`.
-            shared: what `shared` returned; nothing beside all of `materialise`.
+            mine: its slices of `batched`.
+            shared: what `shared` returned.
         """
 
     def materialise(self, member: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from eggroll import EggrollConfig, perturbation, prng
@@ -92,7 +93,7 @@ def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.
 
     Raises:
         TypeError: something that is no tensor.
-        ValueError: no trainable parameter, one that is not the model's, one that is not floating point, or one on
+        ValueError: no trainable parameter, or one that is not the model's, that is lazy, not floating point, or on
             another device than the rest.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -108,6 +109,10 @@ def named_trainable(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.
             )
         if not parameter.requires_grad:
             continue  # frozen, and of any dtype
+        if is_lazy(parameter):
+            raise ValueError(
+                f"`params` must have shapes, but {name!r} is lazy: call the model on an example of its input first"
+            )
         if not parameter.is_floating_point():
             raise ValueError(
                 f"`params` must be floating point, but {name!r} is {parameter.dtype}: "

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from eggroll import prng
 
 from . import ops
+from .aten import function_behind
 from .derivatives import differentiates
 from .noise import DrawnFactors, StoredFactors
 from .policy import METADATA, Policy
@@ -41,6 +42,9 @@ __all__ = [
     "times",
     "unwrapped",
 ]
+
+
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Weight(torch.Tensor):
     """
 
     base: Tensor
+    _is_param = True  # what `isinstance(weight, nn.Parameter)` asks for
 
     @classmethod
     def wrapping(cls, base: Tensor) -> Self:
@@ -120,7 +125,9 @@ class Weight(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in METADATA:
-            return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+            return func == _REQUIRES_GRAD or func(
+                *map(plain, args), **{name: plain(value) for name, value in kwargs.items()}
+            )
         return cls.computed(func, args, kwargs)
 
     @classmethod
@@ -160,7 +167,7 @@ class LowRankWeight(Weight):
 
     @classmethod
     def computed(cls, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        rule = cls.rules.get(func)
+        rule = cls.rules.get(function_behind(func))
         if rule is not None:
             try:
                 result = rule(*args, **kwargs)

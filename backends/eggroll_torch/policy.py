@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,14 +47,16 @@ class Way:
         fills_tensors: whether the model puts what members compute into tensors that it makes, such as zeros, or
             into its buffers.
         own_buffers: the names of those buffers.
+        own_inputs: whether the model puts what members compute into its inputs, or into what it makes of them alone.
         one_by_one: the model cannot be vectorised over members.
-        captured: the model has operators that have to be captured as a whole, such as `torch.cond`: members then run
-            with ordinary tensors for weights, whose use is not noted.
+        captured: the model has operators that have to be captured as a whole, such as `torch.cond`, in which the use
+            of weights is not seen.
     """
 
     writes_to_inputs: bool | None = None
     fills_tensors: bool = False
     own_buffers: frozenset[str] = frozenset()
+    own_inputs: bool = False
     one_by_one: bool = False
     captured: bool = False
 
@@ -85,16 +87,25 @@ class Policy:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Notes which parameters of the model itself are used inside, the first time that some are.
 
-        Compiled and scripted modules compute where this cannot see: nothing is concluded for them, nor where no
-        parameter is used at all, as by a score that is computed elsewhere.
+        Nothing is concluded for modules that are `_opaque`, nor where no parameter is used at all, as by a score that
+        is computed elsewhere.
         """
-        opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
-        if self.forward_passes or any(isinstance(module, opaque) for module in model.modules()):
+        if self.forward_passes or _opaque(model):
             yield
             return
         with _Watch({id(parameter): name for name, parameter in model.named_parameters()}, self.used):
             yield
         self.forward_passes += bool(self.used)
+
+    @contextlib.contextmanager
+    def watching_member(self, model: nn.Module, parameters: Mapping[str, Tensor], way: Way) -> Iterator[None]:
+        """Notes which parameters of a member that runs alone are used inside; all where that cannot be seen."""
+        if way.captured or _opaque(model):
+            self.used.update(parameters)
+            yield
+            return
+        with _Watch({id(parameter): name for name, parameter in parameters.items()}, self.used):
+            yield
 
     def run(
         self,
@@ -126,10 +137,10 @@ class Policy:
             # Not every error means that vmap is at fault: if members fail alone too, theirs is the true one.
             way.own_buffers = written_to()
             way.fills_tensors = True
-            try:
-                return vectorised()
-            except Exception:
-                way.fills_tensors, way.own_buffers = False, frozenset()
+            for way.own_inputs in (False, True):
+                with contextlib.suppress(Exception):
+                    return vectorised()
+            way.fills_tensors, way.own_buffers, way.own_inputs = False, frozenset(), False
         result = one_by_one()
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         self.fall_back(
@@ -146,6 +157,12 @@ class Policy:
         if (kind or problem) not in self.warned:
             self.warned.add(kind or problem)
             warnings.warn(f"{problem}: {remedy}", MaterialisedWarning, stacklevel=2)
+
+
+def _opaque(model: nn.Module) -> bool:
+    """Whether there are compiled or scripted modules, which compute where `_Watch` cannot see."""
+    opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+    return any(isinstance(module, opaque) for module in model.modules())
 
 
 class _Watch(TorchFunctionMode):

@@ -17,7 +17,7 @@ from .forward import ForwardPass, Randomness, seeded_for
 from .lora import adapter
 from .member_weights import MemberWeights
 from .swap import check_is_itself, swapped
-from .threads import alone
+from .threads import alone, lock
 
 __all__ = ["Population"]
 
@@ -159,13 +159,14 @@ class Population:
         Parameters point to the member's weights and back to their own storage afterwards, whatever happened inside;
         so do buffers, which the member can write to without the next one seeing it.
         """
-        check_is_itself(self._model, "population.member()")
-        with swapped(self._model, self._materialised(index)):
-            torch.clear_autocast_cache()  # which holds casts of the weights that were there before
-            try:
-                yield self._model
-            finally:
-                torch.clear_autocast_cache()
+        with lock(self._model):
+            check_is_itself(self._model, "population.member()")
+            with swapped(self._model, self._materialised(index)):
+                torch.clear_autocast_cache()  # which holds casts of the weights that were there before
+                try:
+                    yield self._model
+                finally:
+                    torch.clear_autocast_cache()
 
     @alone
     def lora(self, index: int) -> dict[str, Tensor]:
@@ -199,7 +200,6 @@ class Population:
                     scores.append(fitness_fn(model))
         return scores
 
-    @alone
     def _materialised(self, index: int) -> dict[str, Tensor]:
         return self.weights.materialise(self._member(index))
 
@@ -233,7 +233,6 @@ class Population:
     @left_as_it_is
     @torch.no_grad()
     def _run(self, call: Call) -> Any:
-        check_is_itself(self._model, "a population")
         size = self._size(call)
         collected: Collected | None = None
         for members in chunk_ranges(self._members, size, self.weights.members_per_draw):
@@ -249,6 +248,7 @@ class Population:
     @torch.no_grad()
     @alone
     def _run_chunk(self, call: Call, members: range, compiler: Compiler) -> Outputs:
+        check_is_itself(self._model, "a population")
         first = members.start - self._members.start
         return ForwardPass(self._model, self.weights, self._randomness, call, members, first, compiler).run()
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .perturbed import Weight
-from .threads import lock
 from .threefry import seed_of
 
 __all__ = [
@@ -36,8 +35,7 @@ def swapped(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
 
     The model's own storage is never written to: the body may change all weights and buffers in place.
     """
-    check_is_itself(model, "this")
-    with lock(model), restored(model), _marked(model):
+    with restored(model), _marked(model):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.data = parameters[name] if name in parameters else parameter.data.clone()
@@ -153,6 +151,9 @@ class HeldTensors:
                         self._seen.add(id(value))
                         found[prefix + name] = value
         return found
+
+    def hold(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._seen
 
     def all(self) -> dict[str, Tensor]:
         return {**self.parameters, **self.buffers, **self.attributes}

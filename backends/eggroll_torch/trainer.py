@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from numbers import Integral
@@ -190,6 +191,14 @@ class EGGROLLTrainer(Trainer):
             processes=processes,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ARGUMENTS and self.__dict__.get("_ready") and not hasattr(self, name):
+            raise AttributeError(
+                f"`{name}` is an argument of the constructor that stays what it was, got {value!r}: "
+                "make another trainer"
+            )
+        super().__setattr__(name, value)
+
     @property
     def sigma(self) -> float:
         """The scale of the perturbation. A change counts from the next `ask` on."""
@@ -351,3 +360,6 @@ def _antithetic(noise_reuse: Any, antithetic: bool | None) -> Any:
     if antithetic is False and noise_reuse == 2:
         raise ValueError("`noise_reuse` 2 means antithetic pairs, got `antithetic` False")
     return antithetic
+
+
+_ARGUMENTS = frozenset(inspect.signature(EGGROLLTrainer.__init__).parameters)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,12 @@ class Parts:
     def signature(self) -> Hashable:
         """Equal for trees that differ in nothing but their tensors, see `comparable`."""
         return comparable(self._leaves), tuple(self._places), self._structure.signature
+
+    @property
+    def others(self) -> Iterator[Any]:
+        """What is neither a tensor (there is None for it) nor a container: values, and the objects looked into."""
+        yield from self._leaves
+        yield from self._structure.looked_into()
 
     def without_tensors(self) -> "Parts":
         """The same, without holding on to its tensors."""
@@ -77,6 +83,13 @@ class _Structure:
         """Equal for trees of the same containers, with objects of the same types in the same places."""
         inside = (None if entry is None else (type(entry[0]), entry[1].signature) for entry in self.objects)
         return self.containers, tuple(inside)
+
+    def looked_into(self) -> Iterator[Any]:
+        """The objects, at any depth."""
+        for entry in self.objects:
+            if entry is not None:
+                yield entry[0]
+                yield from entry[1].looked_into()
 
     def rebuilt(self, leaves: list[Any]) -> Any:
         values, start = [], 0

@@ -113,7 +113,7 @@ class EggrollWeights:
         bound: dict[str, Tensor] = {
             name: DenseWeight.make(weight, name, self.policy) for name, weight in mine.items()
         }
-        for parameter in self._carrying if shared else ():
+        for parameter in self._carrying:
             weight, scales, *noise = shared[parameter.name]
             if parameter.kind == "dense":
                 drawn = DenseNoise(noise[0], parameter.precision, parameter.rng, place, scales)

@@ -570,3 +570,24 @@ def test_an_optimizer_whose_step_raises():
     with pytest.raises(OSError, match="no step"):
         trainer.tell(scores())
     assert_identical(run_state(trainer), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["antithetic", "fitness_shaping", "group_size", "noise_lifetime", "compile", "strict"]
+)
+def test_an_argument_that_cannot_be_changed_says_so(name: str) -> None:
+    """An attribute of that name would be nothing that the trainer ever looks at."""
+    trainer = make_trainer()
+    with pytest.raises(AttributeError, match=f"`{name}` is an argument of the constructor that stays .*, got 2"):
+        setattr(trainer, name, 2)
+    trainer.anything_else = 2
+
+
+def test_a_lazy_parameter_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
+    with pytest.raises(
+        ValueError, match=re.escape("`params` must have shapes, but '1.weight' is lazy: call the model")
+    ):
+        make_trainer(model)
+    model(torch.zeros(1, 3))
+    make_trainer(model, fitness_fn=quadratic).step()

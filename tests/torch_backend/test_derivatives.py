@@ -1,5 +1,7 @@
 """Models that take derivatives of their own with respect to inputs: all members at once, and never silently 0."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch_backend.support import assert_close, make_trainer
+from torch_backend.support import assert_close, assert_identical, make_trainer
 
 from eggroll.torch import MaterialisedWarning
 
@@ -88,6 +90,96 @@ def test_all_members_at_once(computation: str, derivative: str) -> None:
 @pytest.mark.parametrize("computation", ["linear", "stack", "attention", "convolution"])
 def test_recorded(computation: str, derivative: str) -> None:
     check(Model(COMPUTATIONS[computation], DERIVATIVES[derivative]), X, compile={"backend": "eager"})
+
+
+class OwnWeights(nn.Module):
+    """Takes derivatives with respect to its own parameters."""
+
+    def __init__(self, derive: Callable[[Callable[..., Tensor], dict[str, Tensor]], Any]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.derive = derive
+
+    def forward(self, x: Tensor) -> Any:
+        return self.derive(
+            lambda parameters: torch.func.functional_call(self.net, parameters, (x,)).squeeze(1),
+            dict(self.net.named_parameters()),
+        )
+
+
+def adapted(f: Callable[..., Tensor], parameters: dict[str, Tensor]) -> Tensor:
+    """Two inner steps, as of MAML."""
+    for _ in range(2):
+        slopes = torch.func.grad(lambda p: (f(p) - 1).square().mean())(parameters)
+        parameters = {name: parameter - 0.5 * slopes[name] for name, parameter in parameters.items()}
+    return f(parameters)
+
+
+def kernel(f: Callable[..., Tensor], parameters: dict[str, Tensor]) -> Tensor:
+    rows = torch.cat([slope.flatten(1) for slope in torch.func.jacrev(f)(parameters).values()], dim=1)
+    return rows @ rows.mT
+
+
+OF_WEIGHTS: dict[str, Callable[[Callable[..., Tensor], dict[str, Tensor]], Any]] = {
+    "inner steps": adapted,
+    "tangent kernel": kernel,
+    "vjp": lambda f, p: torch.func.vjp(f, p)[1](torch.ones(5))[0]["0.weight"],
+    "jvp": lambda f, p: torch.func.jvp(f, (p,), ({name: torch.cos(w) for name, w in p.items()},))[1],
+    "second derivatives": lambda f, p: torch.func.hessian(lambda w: f({**p, "0.weight": w}).sum())(p["0.weight"]),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": {"*": "dense"}}])
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_with_respect_to_weights_of_the_model(name: str, options: dict[str, Any]) -> None:
+    """Weights are formed, and members run at once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the model cannot be vectorised")
+        warnings.filterwarnings("ignore", "no low-rank rule")
+        check(OwnWeights(OF_WEIGHTS[name]), X, **options)
+
+
+def step_by_autograd(net: nn.Module, x: Tensor) -> Tensor:
+    slopes = torch.autograd.grad((net(x) - 1).square().mean(), list(net.parameters()))
+    moved = {name: p - 0.5 * slope for (name, p), slope in zip(net.named_parameters(), slopes, strict=True)}
+    return torch.func.functional_call(net, moved, (x,))
+
+
+def steps_by_an_optimizer(net: nn.Module, x: Tensor) -> Tensor:
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (net(x) - 1).square().mean().backward()
+        optimizer.step()
+    return net(x)
+
+
+INNER_STEPS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "autograd.grad": step_by_autograd,
+    "an optimizer": steps_by_an_optimizer,
+    "an optimizer of a copy": lambda net, x: steps_by_an_optimizer(copy.deepcopy(net), x),
+}
+
+
+@pytest.mark.parametrize("name", INNER_STEPS)
+def test_inner_steps_by_autograd(name: str) -> None:
+    """Members run one by one, with parameters of their own to take derivatives of and to change."""
+
+    class Adapting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = OwnWeights(adapted).net
+
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return INNER_STEPS[name](self.net, x)
+
+    model = Adapting()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(MaterialisedWarning, match="members run one by one"):
+        check(model, X)
+    assert_identical(dict(model.state_dict()), dict(before))
 
 
 def test_one_by_one() -> None:

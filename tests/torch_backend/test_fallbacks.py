@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch_backend.support import assert_close, assert_identical, make_trainer, run_state
 
-from eggroll.torch import EGGROLLTrainer, MaterialisedWarning, Population, UnsupportedOperationError
+from eggroll.torch import (
+    EGGROLLTrainer,
+    MaterialisedWarning,
+    Population,
+    UnsupportedOperationError,
+    VanillaESTrainer,
+)
 
 MEMBERS = 8
 X = torch.linspace(-1, 1, 30).view(5, 6)
@@ -100,6 +106,31 @@ def test_the_shape_of_a_weight_is_no_use_of_it() -> None:
 
     population = make_trainer(Model(forward), population_size=MEMBERS, strict=True).ask()
     outputs = population(X)
+    for i in range(MEMBERS):
+        assert_close(outputs[i], alone(population, i, X), 1e-5)
+
+
+def taken_for_a_parameter(m: Model, x: Tensor) -> Tensor:
+    parameters = [p for p in m.parameters() if isinstance(p, nn.Parameter) and p.requires_grad]
+    return F.linear(x, m.get_parameter("weight"), m.bias) * len(parameters)
+
+
+LIKE_A_PARAMETER: dict[str, Callable[[Model, Tensor], Any]] = {
+    "its type": taken_for_a_parameter,
+    "its data": lambda m, x: F.linear(x, m.weight.data, m.bias.data),
+    "the data of an activation": lambda m, x: (lambda y: y + (y.round() - y).data)(F.linear(x, m.weight, m.bias)),
+}
+
+
+@pytest.mark.parametrize("trainer", [EGGROLLTrainer, VanillaESTrainer])
+@pytest.mark.parametrize("name", LIKE_A_PARAMETER)
+def test_a_member_has_parameters(name: str, trainer: type) -> None:
+    """Also for code that asks: for all members at once as for one alone."""
+    model = Model(LIKE_A_PARAMETER[name])
+    options = {"strict": True} if trainer is EGGROLLTrainer else {}
+    population = trainer(model.parameters(), model=model, population_size=MEMBERS, seed=0, **options).ask()
+    outputs, said = caught_in(lambda: population(X))
+    assert not said
     for i in range(MEMBERS):
         assert_close(outputs[i], alone(population, i, X), 1e-5)
 
@@ -191,6 +222,9 @@ FILLED: dict[str, Callable[[Model, Tensor], Any]] = {
     "like the input": lambda m, x: x.new_full((5, 4), 1.0).mul_(F.linear(x, m.weight, m.bias)),
     "flags": lambda m, x: torch.zeros(5, 4, dtype=torch.bool).logical_or_(F.linear(x, m.weight, m.bias) > 0),
     "after the input": doubled,
+    "a copy of the input": lambda m, x: x.clone()[:, :4].mul_(F.linear(x, m.weight, m.bias)),
+    "made of the input": lambda m, x: (x[:, :4] * 2).add_(F.linear(x, m.weight, m.bias)),
+    "the input": lambda m, x: x[:, :4].add_(F.linear(x, m.weight, m.bias)) + x.sum(),
 }
 
 

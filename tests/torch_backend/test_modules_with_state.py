@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_backend.support import assert_close, assert_identical, make_trainer
 
@@ -205,7 +206,7 @@ def assign_data(model: InPlace, x: Tensor) -> None:
 CHANGES: dict[str, tuple[Callable[[InPlace, Tensor], Any], bool]] = {
     # the change, and whether members can do it at once
     "input": (lambda m, x: x.mul_(2), True),
-    "input by weights": (lambda m, x: x.add_(m.scale.sum()), False),
+    "input by weights": (lambda m, x: x.add_(m.scale.sum()), True),
     "matrix": (lambda m, x: m.linear.weight.mul_(0.5), False),
     "rows": (lambda m, x: m.linear.weight.__setitem__(0, 0.0), False),
     "clamped data": (lambda m, x: m.linear.weight.data.clamp_(-0.1, 0.1), False),
@@ -367,6 +368,53 @@ def test_scripted_modules(whole: bool) -> None:
         return dict(model.state_dict())
 
     assert_identical(trained(True), trained(False))
+
+
+class Exported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.linear, self.lstm = nn.Embedding(5, 6), nn.Linear(6, 4), nn.LSTM(4, 4, batch_first=True)
+        self.norm, self.weight = nn.BatchNorm1d(4), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.norm(self.linear(self.embedding(index)).mT).mT
+        x = self.lstm(x + F.scaled_dot_product_attention(x, x, x))[0]
+        return F.dropout(x, 0.5) @ self.weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_exported_programs(training: bool) -> None:
+    """They call the operations of ATen, which have the same rules and answers; dropout is the member's own."""
+    index = torch.arange(12).view(2, 6) % 5
+    model = Exported().train(training)
+    exported = torch.export.export(model, (index,)).module()
+    outputs = [
+        make_trainer(of, population_size=MEMBERS, chunk_size=chunk_size, strict=True).ask()(index)
+        for of, chunk_size in ((model, None), (exported, None), (exported, 2))
+    ]
+    for of_exported in outputs[1:]:
+        assert_close(of_exported, outputs[0], 1e-5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.start = nn.Parameter(torch.ones(4))
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.linear(x) * state + self.start
+
+
+@pytest.mark.parametrize("name", ["start", "shift"])
+def test_a_tensor_of_the_model_as_an_input_has_its_values(name: str) -> None:
+    model, x = Recurrent(), torch.ones(3, 4)
+    population = make_trainer(model, population_size=MEMBERS).ask()
+    expected = population(x, getattr(model, name).detach().clone())
+    for _ in range(3):
+        assert_identical(population(x, getattr(model, name)), expected)
 
 
 class WithNotes(nn.Linear):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch_backend.support import assert_close, make_trainer, run_one_by_one
 
+from eggroll.torch import UnsupportedOperationError
+
 MEMBERS = 6
 
 
@@ -195,3 +197,21 @@ def test_inputs_that_are_none_or_missing() -> None:
         for i in range(MEMBERS):
             state = population.state_dict(i)
             assert_close(outputs[i], state["weight"].sum(1) + state["bias"], 1e-5)
+
+
+NOT_OF_MEMBERS = {
+    "generator": lambda y: (row for row in y),
+    "map": lambda y: {"rows": map(torch.sin, y)},
+    "Normal": lambda y: torch.distributions.Normal(y, 1.0),
+    "Independent": lambda y: [torch.distributions.Independent(torch.distributions.Normal(y, 1.0), 1)],
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_MEMBERS)
+def test_an_output_that_cannot_hold_all_members_is_refused(name: str) -> None:
+    """It would be computed from the model's own weights, or have shapes that leave the members out."""
+    model = nn.Linear(4, 3)
+    model.register_forward_hook(lambda module, args, output: NOT_OF_MEMBERS[name](output))
+    population = make_trainer(model, population_size=MEMBERS).ask()
+    with pytest.raises(UnsupportedOperationError, match=f"the model returns a {name}, .*: return "):
+        population(torch.ones(2, 4))

@@ -584,6 +584,8 @@ def test_a_model_that_is_a_member_is_not_taken_for_itself():
         "population.state_dict()": lambda: population.state_dict(1),
         "tell()": lambda: trainer.tell(scores(MEMBERS)),
         "reset()": trainer.reset,
+        "get_best_model() before any generation": trainer.get_best_model,
+        "a copy of the trainer": lambda: copy.deepcopy(trainer),
     }
     with population.member(0):
         for what, attempt in attempts.items():
@@ -610,27 +612,33 @@ class Slow(nn.Module):
         return self.layer(x)
 
 
+def called_alone(part: Any) -> Tensor:
+    with part.member(1) as model, torch.no_grad():
+        return model(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("first", [lambda part: part(torch.ones(2, 3)), called_alone], ids=["call", "member"])
 @pytest.mark.parametrize(
     "second",
     [
         lambda part: part(torch.ones(2, 3)),
+        called_alone,
         lambda part: part.state_dict(0),
         lambda part: part.lora(0),
         lambda part: part.evaluate(lambda model: float(model.layer(torch.ones(3)).sum())),
     ],
-    ids=["call", "state_dict", "lora", "evaluate"],
+    ids=["call", "member", "state_dict", "lora", "evaluate"],
 )
-def test_threads_have_members_one_after_another(second: Callable[[Any], Any]):
+def test_threads_have_members_one_after_another(first: Callable[[Any], Any], second: Callable[[Any], Any]):
     trainer = make_trainer(Slow(), population_size=8)
     parts = list(trainer.ask().chunks(4))
-    x = torch.ones(2, 3)
     trainer.model.another.set()
-    expected = parts[0](x), second(parts[1])
+    expected = first(parts[0]), second(parts[1])
     trainer.model.another.clear()
     trainer.model.inside.clear()
     parameters = list(trainer.model.parameters())
     found = []
-    thread = threading.Thread(target=lambda: found.append(parts[0](x)))
+    thread = threading.Thread(target=lambda: found.append(first(parts[0])))
     thread.start()
     assert trainer.model.inside.wait(60)
     of_second = second(parts[1])

@@ -186,6 +186,20 @@ def test_dropout_keeps_at_its_rate_and_scales(rate: float) -> None:
     assert float((shares - (1 - rate)).abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropout_scales_in_the_dtype_of_its_input(dtype: torch.dtype, default: torch.dtype) -> None:
+    population = trainer_of(Random(lambda x: F.dropout(x.to(dtype), 0.1))).ask()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        outputs = population(torch.ones(10, WIDTH, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    kept = outputs[outputs != 0]
+    assert torch.equal(kept, torch.full_like(kept, 1 / 0.9))
+
+
 def test_dropout_of_members_is_independent_and_layers_differ() -> None:
     model = Random(lambda x: torch.stack([F.dropout(x, 0.5), F.dropout(x, 0.5)]))
     kept = (trainer_of(model).ask()(torch.ones(100, WIDTH)) != 0).flatten(2).float()

@@ -16,7 +16,7 @@ from .. import member_ops
 from ..autocast import autocasts
 from ..derivatives import differentiates
 from ..member_mode import FUNCTIONS, is_active, transformation_level, uniform, vectorised_inside
-from ..perturbed import unwrapped
+from ..perturbed import LowRankWeight, unwrapped
 from ..vectorising import called
 
 __all__ = ["attention", "dropout", "replaced"]
@@ -36,7 +36,7 @@ def dropout(x: Tensor, p: float, shape: torch.Size | None = None) -> Tensor:
     if p == 1:
         return x * 0
     keep = uniform(x.shape if shape is None else shape) >= p
-    return x * (keep / (1 - p)).to(x.dtype)
+    return x * (keep.to(x.dtype) / (1 - p))
 
 
 def attention(
@@ -112,6 +112,11 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps).to(input.dtype)
 
 
+@_answers(torch.batch_norm)
+def _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 @_answers(F.instance_norm)
 def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
@@ -137,6 +142,14 @@ def _group_norm(input, *args, **kwargs):
 
 
 FUNCTIONS |= {F.layer_norm: _norm(F.layer_norm), F.group_norm: _norm(_group_norm), F.rms_norm: _norm(F.rms_norm)}
+
+
+@_answers(torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+def _data(input):
+    # `torch.vmap` gives none. A low-rank weight has an answer of its own.
+    if isinstance(input, LowRankWeight) or transformation_level() is None:
+        return input.data
+    return unwrapped(input).detach()
 
 
 @_answers(torch.Tensor.contiguous)

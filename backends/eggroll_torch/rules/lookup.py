@@ -32,6 +32,11 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
     return rows(weight, input) if weight.is_matrix else NotImplemented
 
 
+@rule(torch.embedding, of=EITHER)
+def _torch_embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    return _embedding(indices, weight)
+
+
 def _added(function: Any) -> Any:
     def answer(input, other, **how):
         x, weight = (input, other) if isinstance(other, LowRankWeight) else (other, input)
