@@ -93,8 +93,8 @@ def launch(kernel: Any, grid: Any, *arguments: Any, device: torch.device, **cons
         return
     key = (id(kernel), device, *constants.items(), *map(_kind, arguments))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if key in _found:
-            compiled, constants, rest = _found[key]
+        if (found := _found.get(key)) is not None:
+            compiled, constants, rest = found
             programs = grid(constants) if callable(grid) else grid
             compiled[(*programs, 1, 1)[:3]](*arguments, *rest)
             return
