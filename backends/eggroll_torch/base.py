@@ -34,7 +34,7 @@ from .population import Population
 from .processes import Processes, check_same
 from .swap import check_is_itself, uninterrupted
 
-__all__ = ["Trainer"]
+__all__ = ["FitnessFn", "PopulationFitnessFn", "Trainer"]
 
 FitnessFn = Callable[[nn.Module], float]
 PopulationFitnessFn = Callable[[Population], Tensor]

@@ -193,7 +193,7 @@ class VanillaESTrainer(ESTrainer):
 
 
 class _FlatWeights:
-    """Members' weights from dense perturbations of the flattened parameters."""
+    """Members' weights from dense perturbations of the flattened parameters; see `MemberWeights`."""
 
     members_per_draw = 1
     signature: Hashable = None
