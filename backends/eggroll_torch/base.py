@@ -353,7 +353,7 @@ class Trainer(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Back to the start: no optimizer state, no history, and parameters, learning rates and sigma as this trainer
-        was made with them, also after `load_state_dict`, which has no others.
+        was made with them. After `load_state_dict`, too: a saved state does not hold those that it began with.
 
         Raises:
             RuntimeError: the trainer keeps no `snapshots`.
