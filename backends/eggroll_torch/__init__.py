@@ -7,9 +7,9 @@ Where things are, from what a user calls to what computes:
 - `population`: what scores members, with `lora` and `estimate`; `forward`: the forward pass of a chunk of them, with
   `calls`, `trees`, `chunking` and `memory`; `member_mode`, `swap` and `threads`: the state that the model is then in;
   `compiling`, with `comparing`, `simplifying` and `fusing`: a forward pass recorded and compiled.
-- `perturbed`: the weight that a model meets; `rules`: what PyTorch's functions do with it, also under `autocast` and
-  where the model takes `derivatives`; `ops`, `grouped` and `member_ops`: the operations that this comes down to, with
-  batching rules by `vectorising`; `policy`: what is done where there is no rule.
+- `perturbed`: the weight that a model meets; `rules`: what PyTorch's functions do with it, also as operations of
+  `aten`, under `autocast`, and where the model takes `derivatives`; `ops`, `grouped` and `member_ops`: the operations
+  that this comes down to, with batching rules by `vectorising`; `policy`: what is done where there is no rule.
 - `noise`: the noise of a generation; `drawing`, with `drawing_cpu`, `threefry` and `philox`: how it is drawn;
   `member_weights` and `weights`: how it gets into a forward pass; `update`, `totals` and `sgd`: how into a step.
 - `kernels`: the Triton kernels that take over on GPUs.
