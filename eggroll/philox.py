@@ -7,7 +7,7 @@ default, PyTorch no arithmetic on uint32.
 
 from typing import Any
 
-__all__ = ["MULTIPLIERS", "ROUNDS", "WEYL", "block"]
+__all__ = ["MULTIPLIERS", "ROUNDS", "WEYL", "block", "signed"]
 
 Array = Any
 
@@ -31,7 +31,7 @@ def block(k0: Array, k1: Array, c0: Array, c1: Array, c2: Array, c3: Array) -> t
         high0, low0 = _product(MULTIPLIERS[0], c0)
         high1, low1 = _product(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _signed(WEYL[0]), k1 + _signed(WEYL[1])
+        k0, k1 = k0 + signed(WEYL[0]), k1 + signed(WEYL[1])
     return c0, c1, c2, c3
 
 
@@ -41,7 +41,7 @@ def _product(multiplier: int, word: Array) -> tuple[Array, Array]:
     b1, b0 = _upper(word), word & 0xFFFF
     middle = a1 * b0 + _upper(a0 * b0)
     other = a0 * b1 + (middle & 0xFFFF)
-    return a1 * b1 + _upper(middle) + _upper(other), _signed(multiplier) * word
+    return a1 * b1 + _upper(middle) + _upper(other), signed(multiplier) * word
 
 
 def _upper(word: Array) -> Array:
@@ -49,5 +49,6 @@ def _upper(word: Array) -> Array:
     return (word >> 16) & 0xFFFF
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
+    """The int32 of the same bits as a word, an int in [0, 2**32)."""
     return word - 2**32 if word >= 2**31 else word

@@ -114,7 +114,7 @@ def fold_in(key: Array, data: Any) -> Array:
         word = as_int("data", data, 0)
         if word >= 2**32:
             raise ValueError(f"`data` must be below 2**32, got {word}")
-        data = xp.asarray(_signed(word), dtype=xp.int32, device=array_api_compat.device(key))
+        data = xp.asarray(philox.signed(word), dtype=xp.int32, device=array_api_compat.device(key))
     elif not xp.isdtype(data.dtype, "integral"):
         raise TypeError(f"`data` must hold integers, got {data.dtype}")
     k0, k1 = _words(xp, key)
@@ -320,10 +320,6 @@ def round_to(x: np.ndarray, precision: Precision) -> np.ndarray:
     words = x.view(np.uint32)
     rounded = words + 0x7FFF + ((words >> 16) & 1)
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
-
-
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
 
 
 def _unsigned(xp: Any, words: Array) -> Array:

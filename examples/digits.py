@@ -26,6 +26,7 @@ import multiprocessing
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -183,6 +184,7 @@ def peak_memory() -> int:
 
 def worker(job: Job, data: list[np.ndarray], connection) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which Python calls leaked after Ctrl-C
     # One small step first: what PyTorch imports on first use counts neither as time nor as memory.
     train(Job(job.method, seed=0, generations=1, population=2, batch_size=2), data, progress=False)
     connection.send(train(job, data))

@@ -136,5 +136,6 @@ def test_ctrl_c_ends_it_cleanly(tmp_path):
     assert process.returncode == 130
     assert "Interrupted." in err
     assert "Traceback" not in seen.decode() + err
+    assert "leaked" not in err
     assert out == ""
     assert ends(process.pid), "a training process goes on"

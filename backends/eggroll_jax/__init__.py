@@ -1,4 +1,16 @@
-"""EGGROLL for JAX: a population as a function, its direction as a gradient transformation."""
+"""EGGROLL for JAX: a population as a function, its direction as a gradient transformation.
+
+Where things are, from what a user calls to what computes:
+
+- `gradient` and `transformation`: the drop-in for `jax.value_and_grad` and the optax optimizer, which both end in
+  `direction`; `population`: the function of all members.
+- `layout`: how each parameter is perturbed; `batching`: how many members at a time; `tracing` and `jaxprs`: the
+  user's function as a jaxpr; `arguments`: numbers that users pass.
+- `perturbed`: the array that the function meets; `rules`, `structure`, `windows`, `ragged` and `control`: what JAX's
+  primitives do with it, by quax.
+- `draws`, `noise`, `keys` and `philox`: the noise and how it is drawn.
+- `hyperscale`: the interface of HyperscaleES.
+"""
 
 # Importing these registers their rules with quax.
 from . import control as control

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from eggroll import EggrollConfig
 from eggroll.config import as_int
 
-__all__ = ["Dense", "Layout", "Matrix", "default_layout"]
+__all__ = ["Dense", "Layout", "Leaf", "Matrix", "Plan", "default_layout", "plan"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import quax
 
-__all__ = ["PerturbedArray", "materialise"]
+__all__ = ["COLUMN", "ROW", "STACK", "PerturbedArray", "fall_back", "materialise", "one_warning_for_each_primitive"]
 
 Array = jax.Array
 

@@ -19,7 +19,7 @@ from .layout import Layout, Leaf, Plan, plan
 from .perturbed import PerturbedArray, fall_back, one_warning_for_each_primitive
 from .tracing import trace
 
-__all__ = ["perturb", "population_apply"]
+__all__ = ["Evaluation", "evaluation_of", "member_mesh", "perturb", "population_apply"]
 
 Array = jax.Array
 

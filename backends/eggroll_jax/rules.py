@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
 
-__all__ = ["contract"]
+__all__ = ["contract", "einsum"]
 
 Array = jax.Array
 

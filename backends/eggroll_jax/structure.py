@@ -18,7 +18,7 @@ from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
 
-__all__ = ["each_part"]
+__all__ = ["Has", "each_part"]
 
 Array = jax.Array
 Has = Callable[[int], bool]

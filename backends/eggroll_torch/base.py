@@ -34,7 +34,7 @@ from .population import Population
 from .processes import Processes, check_same
 from .swap import check_is_itself, uninterrupted
 
-__all__ = ["Trainer"]
+__all__ = ["FitnessFn", "PopulationFitnessFn", "Trainer"]
 
 FitnessFn = Callable[[nn.Module], float]
 PopulationFitnessFn = Callable[[Population], Tensor]
@@ -353,7 +353,7 @@ class Trainer(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Back to the start: no optimizer state, no history, and parameters, learning rates and sigma as this trainer
-        was made with them, also after `load_state_dict`, which has no others.
+        was made with them. After `load_state_dict`, too: a saved state does not hold those that it began with.
 
         Raises:
             RuntimeError: the trainer keeps no `snapshots`.

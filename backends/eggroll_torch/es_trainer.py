@@ -169,8 +169,9 @@ class VanillaESTrainer(ESTrainer):
     """Full-rank evolution strategies: every parameter gets dense Gaussian noise, independent for each member.
 
     The update is the estimate of Salimans et al. (arXiv 1703.03864), ``1 / (N * sigma) * sum_i w_i * eps_i``, with
-    z-scored fitness as the weights; `compute_update` is handed it less that of the first member. It holds
-    ``population_size`` full perturbations: `EGGROLLTrainer` does not.
+    z-scored fitness as the weights. `compute_update` gets the fitness less that of the first member, since float32
+    would lose the differences between large scores. All ``population_size`` full perturbations are in memory, which
+    those of `EGGROLLTrainer` are not.
     """
 
     def sample_perturbations(self, population_size: int) -> Tensor:
@@ -189,11 +190,11 @@ class VanillaESTrainer(ESTrainer):
         return weights.to(perturbations) @ perturbations / (len(weights) * self.sigma)
 
     def _as_fitnesses(self, fitness: Tensor) -> Tensor:
-        return (fitness - fitness[0]).to(self.device, torch.float32)  # which would lose differences in what is large
+        return (fitness - fitness[0]).to(self.device, torch.float32)
 
 
 class _FlatWeights:
-    """Members' weights from dense perturbations of the flattened parameters."""
+    """Members' weights from dense perturbations of the flattened parameters; see `MemberWeights`."""
 
     members_per_draw = 1
     signature: Hashable = None

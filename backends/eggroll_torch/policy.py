@@ -114,15 +114,15 @@ class Policy:
         written_to: Callable[[], frozenset[str]],
         one_by_one: Callable[[], Any],
     ) -> Any:
-        """What `vectorised` returns, or, where the model cannot be vectorised, `one_by_one`, which is said once.
+        """Runs a call for all members at once or, where the model cannot be vectorised, one by one, with one warning.
 
-        Before that it is tried whether it is enough that members have tensors of their own to write to.
+        If it fails at once, it is tried whether it is enough that members have tensors of their own to write to.
 
         Args:
             way: how the call runs, which is noted there.
-            vectorised: runs all members at once.
-            written_to: runs one member alone; the names of the buffers that it has written to.
-            one_by_one: runs members one by one.
+            vectorised: runs all members at once, and returns what they return.
+            written_to: runs one member alone, and returns the names of the buffers that it has written to.
+            one_by_one: runs members one by one, and returns the same as `vectorised`.
         """
         if way.one_by_one:
             return one_by_one()

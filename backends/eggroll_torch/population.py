@@ -135,6 +135,13 @@ class Population:
             part._whole = self
             yield part
 
+    def chunk_size(self, *args: Any, per_member: bool = False, **kwargs: Any) -> int:
+        """How many members such a call evaluates at a time."""
+        call = Call("__call__", args, kwargs, per_member, len(self))
+        if self._chunking.requested == "auto" and not call.tensors:
+            return self._chunking.noise(len(self), self.weights.members_per_draw, self.weights.numbers_in_a_draw)
+        return self._size(call)
+
     @alone
     def state_dict(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The `state_dict` of member `index`: trained parameters are copies, the rest is the model's own.
@@ -211,13 +218,6 @@ class Population:
         if not -len(self) <= place < len(self):
             raise IndexError(f"`index` must be in [{-len(self)}, {len(self)}), got {place}")
         return self._members[place]
-
-    def chunk_size(self, *args: Any, per_member: bool = False, **kwargs: Any) -> int:
-        """How many members such a call evaluates at a time."""
-        call = Call("__call__", args, kwargs, per_member, len(self))
-        if self._chunking.requested == "auto" and not call.tensors:
-            return self._chunking.noise(len(self), self.weights.members_per_draw, self.weights.numbers_in_a_draw)
-        return self._size(call)
 
     def _size(self, call: Call) -> int:
         weights = self.weights

@@ -38,7 +38,7 @@ class _Prepared:
 
 
 class EggrollWeights:
-    """The members' weights of one generation, drawn chunk by chunk.
+    """The members' weights of one generation, drawn chunk by chunk; see `MemberWeights`.
 
     Args:
         source: the noise of the generation.
@@ -53,7 +53,7 @@ class EggrollWeights:
         self.randomness_key = randomness_key
         self.members_per_draw = source.members_per_draw
         self.numbers_in_a_draw = source.numbers_in_a_draw
-        # What there is of each member in memory, and what carries its noise along, as factors or as keys.
+        # Parameters of which each member has a copy, and those that carry the noise of all along, as factors or keys.
         self._formed = [p for p in source.parameters if p.kind == "dense" and not source.drawn_by_kernels(p)]
         self._carrying = [p for p in source.parameters if p.kind == "low_rank" or source.drawn_by_kernels(p)]
         self._prepared: _Prepared | None = None

@@ -67,7 +67,7 @@ class Tolerance:
 
 
 EQUAL = Tolerance("equal")
-# The tolerances of the design; docs/parity.md says where each comes from.
+# docs/parity.md says where each tolerance comes from.
 NORMALS = Tolerance("ulp", 4)
 OUTPUTS = Tolerance("relative", 1e-5)
 SHAPED = Tolerance("absolute", 1e-6)

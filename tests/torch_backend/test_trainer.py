@@ -44,7 +44,7 @@ def loss_of_population(population: Any) -> Tensor:
 
 
 class MyESTrainer(ESTrainer):
-    """The seed README's."""
+    """That of the README of eggroll-trainer."""
 
     def sample_perturbations(self, population_size: int) -> Tensor:
         return torch.randn(population_size, self.current_params.shape[0], device=self.device)

@@ -1,4 +1,4 @@
-"""The code blocks of the README that set the API (kept in ``tests/reference``) run with the import name changed."""
+"""The code blocks of the README of eggroll-trainer (kept in ``tests/reference``) run with the import name changed."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-README = Path(__file__).parents[1] / "reference" / "seed_readme.md"
+README = Path(__file__).parents[1] / "reference" / "eggroll_trainer_readme.md"
 
 
 def blocks(module: str) -> list[str]:
