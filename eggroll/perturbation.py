@@ -123,9 +123,13 @@ def draw_epoch(generation: Any, config: EggrollConfig) -> Any:
     Args:
         generation: as in `draw_keys`.
     """
-    if not hasattr(generation, "dtype") or isinstance(generation, np.generic):
+    is_array = hasattr(generation, "dtype") and not isinstance(generation, np.generic)
+    if not is_array:
         generation = as_int("generation", generation, 0)
     if config.noise_lifetime is None:
+        return 0
+    # A lifetime that the array's dtype does not hold would be wrapped, and is over in no generation that it holds.
+    if is_array and array_api_compat.array_namespace(generation).iinfo(generation.dtype).max < config.noise_lifetime:
         return 0
     epoch = generation // config.noise_lifetime
     if isinstance(epoch, int) and epoch >= 2**32:

@@ -49,7 +49,8 @@ def directions(
     fitness = jnp.asarray(fitness)
     if jnp.issubdtype(fitness.dtype, jnp.complexfloating):
         raise TypeError(f"`fitness` must be real, got {fitness.dtype}")
-    weights = shape_fitness(fitness.astype(jnp.float32), config)
+    # Whatever was counted or rounded, in float32 at least.
+    weights = shape_fitness(fitness.astype(jnp.promote_types(fitness.dtype, jnp.float32)), config)
     draws, signs = draws_and_signs(jnp.arange(config.population_size, dtype=jnp.int32), config)
     coefficients = weights_of_draws(weights, signs, config).astype(jnp.float32)
     draws = draws.reshape(config.draws, -1)[:, 0]

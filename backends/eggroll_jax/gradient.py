@@ -104,7 +104,7 @@ def _with_scalar_value(fn: Callable[..., Any], has_aux: bool) -> Callable[..., A
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != () or jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"the function must return one real number for a member, got {dtype} of shape {shape}")
-        # Whatever was counted or rounded, fitness is shaped in float32.
-        return jnp.asarray(value, jnp.float32), aux
+        # Whatever was counted or rounded, fitness is shaped in float32 at least.
+        return jnp.asarray(value, jnp.promote_types(dtype, jnp.float32)), aux
 
     return checked

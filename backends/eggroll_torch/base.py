@@ -457,12 +457,16 @@ class Trainer(torch.optim.Optimizer):
                         f"`state_dict` is of a run with other {what}: {name} is {saved.get(name, 'none')!r} there "
                         f"and {ours.get(name, 'none')!r} here"
                     )
-        best_state = state_dict["best_state"]
-        if self.snapshots and best_state is None and state_dict["generation"] > 0:
-            raise ValueError("`state_dict` holds no best member: it was saved with `snapshots` False, got True here")
-        self._check_optimizer(state_dict["optimizer"]["param_groups"])
+        # All that may be wrong is read before anything changes.
         seed, sigma = list(state_dict["key"]), as_positive_float("sigma", state_dict["sigma"])
         base_key, generation = base_key_of(seed), as_int("generation", state_dict["generation"], 0)
+        best_state, fitness_history = state_dict["best_state"], list(state_dict["fitness_history"])
+        if self.snapshots and best_state is None and generation > 0:
+            raise ValueError("`state_dict` holds no best member: it was saved with `snapshots` False, got True here")
+        kept = None
+        if self.snapshots and best_state is not None:
+            kept = {name: tensor.to(self.device) for name, tensor in best_state.items()}
+        self._check_optimizer(state_dict["optimizer"]["param_groups"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         self._abandon()
@@ -471,11 +475,8 @@ class Trainer(torch.optim.Optimizer):
         self.sigma = sigma
         self.generation = generation
         self.best_fitness = state_dict["best_fitness"]
-        if self.snapshots and best_state is not None:
-            self._best_state = {name: tensor.to(self.device) for name, tensor in best_state.items()}
-        else:
-            self._best_state = None
-        self.fitness_history = list(state_dict["fitness_history"])
+        self._best_state = kept
+        self.fitness_history = fitness_history
         self._parameters_changed()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def test_noise_lifetime(xp, lifetime, epochs):
             np.testing.assert_array_equal(to_numpy(draw_keys(key_of(xp), index, draws, config)), expected)
 
 
+def test_a_lifetime_that_the_dtype_of_the_generation_does_not_hold(xp):
+    draws = xp.arange(1, dtype=xp.int32)
+    first = to_numpy(draw_keys(key_of(xp), 0, draws, CONFIG))
+    for dtype, lifetime in ((xp.int8, 300), (xp.int32, 2**40)):
+        config = replace(CONFIG, noise_lifetime=lifetime)
+        keys = draw_keys(key_of(xp), xp.asarray(100, dtype=dtype), draws, config)
+        np.testing.assert_array_equal(to_numpy(keys), first)
+
+
 @pytest.mark.parametrize(
     ("lifetime", "generation", "epoch"), [(None, 2**70, 0), (1, 2**32 - 1, 2**32 - 1), (3, 2**32, 2**32 // 3)]
 )

@@ -206,6 +206,10 @@ def test_hyperscale():
     noiser = hs.noiser.eggroll.EggRoll
     with pytest.raises(TypeError, match="noise_resue"):
         noiser.init_noiser(W, 0.1, 0.1, noise_resue=1)
+    with pytest.raises(ValueError, match=r"`group_size` must be given, it decides which members .*, got 0"):
+        hs.noiser.eggroll_baseline_subtraction.EggRollBS.init_noiser(W, 0.1, 0.1, noise_reuse=1)
+    with pytest.raises(ValueError, match=r"`group_size` must be even with .* antithetic pairs, got 5"):
+        hs.noiser.eggroll_baseline_subtraction.EggRollBS.init_noiser(W, 0.1, 0.1, noise_reuse=1, group_size=5)
     with pytest.raises(TypeError, match="by position, got 1 more"):
         noiser.init_noiser(W, 0.1, 0.1, "sgd")
     with pytest.raises(TypeError, match="parameter 'n' must be floating point"):

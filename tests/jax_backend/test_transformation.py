@@ -189,3 +189,26 @@ def test_noise_is_the_same_whatever_the_partitionable_flag_says():
         got = apply(PARAMS, KEY, 0, X, Y)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(apply(PARAMS, jax.random.PRNGKey(5), 0, X, Y), want)
+
+
+@pytest.fixture
+def double_precision():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_fitness_in_double_precision_keeps_it(double_precision):
+    """In float32 the scores below would be equal, and the direction zero."""
+    key, w, config = jax.random.key(0), jnp.zeros(3), EggrollConfig(population_size=4)
+
+    @jax.jit
+    def found(offset):
+        value, gradient = es_value_and_grad(lambda w: w.sum() + offset, config, maximize=True)(w, key, 0)
+        scores = population_apply(lambda w: w.sum() + offset, config)(w, key, 0)
+        optimizer = scale_by_eggroll(config, key)
+        return value, gradient, optimizer.update(w, optimizer.init(w), w, fitness=scores)[0]
+
+    for large, small in zip(found(1e9), found(0.0), strict=True):
+        assert large.dtype == jnp.float64
+        np.testing.assert_allclose(large, small + (1e9 if small.ndim == 0 else 0), rtol=1e-4)

@@ -513,6 +513,7 @@ CALLS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
         TypeError,
         "`generation` must be a non-",
     ),
+    (lambda t: t.load_state_dict({**with_another_lr(t), "fitness_history": None}), TypeError, "not iterable"),
     (lambda t: t.load_state_dict(make_trainer(rank=2).state_dict()), ValueError, "rank is 2 there and 1 here"),
     (
         lambda t: t.load_state_dict(make_trainer(rng="philox").state_dict()),

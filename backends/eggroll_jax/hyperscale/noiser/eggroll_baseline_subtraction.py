@@ -29,8 +29,15 @@ class EggRollBS(EggRoll):
     def init_noiser(
         cls, params: Any, sigma: float, lr: Any, *args: Any, trust_region_norm: float | None = None, **options: Any
     ) -> tuple[Any, Any]:
-        """As for every noiser, and `trust_region_norm`: the global norm that the direction is clipped to."""
+        """As for every noiser, and `trust_region_norm`: the global norm that the direction is clipped to.
+
+        `group_size` has to be given: which members are not perturbed depends on it, and a member that is evaluated
+        does not know how many there are.
+        """
         frozen, noiser_params = super().init_noiser(params, sigma, lr, *args, **options)
+        if frozen.group_size == 0:
+            raise ValueError("`group_size` must be given, it decides which members are not perturbed, got 0")
+        cls._config(frozen, 2 * frozen.group_size)  # checks that such groups can be
         if trust_region_norm is not None:
             trust_region_norm = as_positive_float("trust_region_norm", trust_region_norm)
         return dataclasses.replace(frozen, trust_region_norm=trust_region_norm), noiser_params
@@ -40,7 +47,7 @@ class EggRollBS(EggRoll):
         cls, frozen: FrozenNoiserParams, noiser_params: Any, raw_scores: Any, num_episodes_list: Any = None
     ) -> Any:
         weights = super().convert_fitnesses(frozen, noiser_params, raw_scores, num_episodes_list)
-        return weights[: frozen.group_size or len(weights)]
+        return weights[: frozen.group_size]
 
     @classmethod
     def finish(cls, frozen: FrozenNoiserParams, gradient: Any) -> Any:
