@@ -23,6 +23,7 @@ __all__ = [
     "perturbed_embedding",
     "perturbed_linear",
     "perturbed_stacked_linear",
+    "sparse_product",
 ]
 
 # Bytes of a block of rows: they stay in the last-level cache from what is added first to the product, and a block is
@@ -190,6 +191,23 @@ def _(info, in_dims, index, weight, A, B, member, scales):
     flat = index.reshape(1, -1).expand(scales.shape[0], -1) if index_dim is None else index.flatten(1)
     out = _embedding_of_members(flat, weight, A, B, scales)
     return out.view(out.shape[0], *lead, weight.shape[1]), 0
+
+
+@torch.library.custom_op("eggroll::sparse_product", mutates_args=())
+def sparse_product(sparse: Tensor, dense: Tensor) -> Tensor:
+    """``sparse @ dense``: shapes ``(n, m)`` and ``(m, ...)``, result ``(n, ...)``."""
+    return torch.sparse.mm(sparse, dense.reshape(dense.shape[0], -1)).view(-1, *dense.shape[1:])
+
+
+@sparse_product.register_fake
+def _(sparse, dense):
+    return dense.new_empty(sparse.shape[0], *dense.shape[1:])
+
+
+@batching_rule(sparse_product)
+def _(info, in_dims, sparse, dense):
+    # The columns of all members side by side; `torch.vmap` takes no sparse tensors, so there is one for all of them.
+    return called(sparse_product, sparse, dense.movedim(in_dims[1], 1)), 1
 
 
 @torch.library.custom_op("eggroll::attention", mutates_args=())

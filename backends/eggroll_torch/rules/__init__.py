@@ -1,6 +1,18 @@
 """What PyTorch's functions do with perturbed weights; importing this registers the rules."""
 
-from . import attention, autocasting, convolution, joining, lookup, products, randomness, recurrent, scaling, views
+from . import (
+    attention,
+    autocasting,
+    convolution,
+    joining,
+    lookup,
+    products,
+    randomness,
+    recurrent,
+    scaling,
+    sparse,
+    views,
+)
 
 __all__ = [
     "attention",
@@ -12,5 +24,6 @@ __all__ = [
     "randomness",
     "recurrent",
     "scaling",
+    "sparse",
     "views",
 ]
