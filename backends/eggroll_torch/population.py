@@ -375,7 +375,8 @@ class Population:
         def written_to() -> frozenset[str]:
             outputs.clear()
             copies = copied_for(index[0], buffers)
-            run_alone(0, call.inputs(members.start - self._members.start, 1), copies)
+            with held_by_modules.nothing_of_members_left(alone=True, last=False):
+                run_alone(0, call.inputs(members.start - self._members.start, 1), copies)
             return frozenset(name for name, copy in copies.items() if counted and copy._version)
 
         def run_one_by_one() -> list[Tensor]:
@@ -383,7 +384,10 @@ class Population:
             outputs.clear()
             weights.prepare(members)
             fresh = call.inputs(members.start - self._members.start, len(members))
-            rows = [run_alone(place, fresh, copied_for(index[place], buffers)) for place in range(len(members))]
+            rows = []
+            for place in range(len(members)):
+                with held_by_modules.nothing_of_members_left(alone=True, last=place == len(members) - 1):
+                    rows.append(run_alone(place, fresh, copied_for(index[place], buffers)))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
         outputs.tensors = weights.policy.run(way, run_vectorised, written_to, run_one_by_one)
