@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -298,7 +298,7 @@ class Population:
         check_is_itself(self._model, "a population")
         weights = self.weights
         held_by_modules = HeldTensors(self._model)
-        names, buffers = held_by_modules.all(), held_by_modules.buffers
+        names = held_by_modules.all()
         # A tensor of the model that is handed in has its values for all members, and is not the member's own.
         given = [
             tensor.detach() if held_by_modules.hold(tensor) else tensor
@@ -314,6 +314,11 @@ class Population:
         outputs = _Outputs()
         index = torch.arange(members.start, members.stop, device=weights.device)
         key = weights.randomness_key.to(weights.device, non_blocking=True)
+
+        def buffers_and(attributes: Iterable[str]) -> dict[str, Tensor]:
+            """What is copied: buffers, and tensors that are plain attributes if members write to them."""
+            found = held_by_modules.attributes
+            return {**held_by_modules.buffers, **{name: found[name] for name in attributes if name in found}}
 
         def copied_for(index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
             return {
@@ -351,6 +356,7 @@ class Population:
 
         def run_vectorised() -> list[Tensor]:
             mine, shared = weights.batched(members), weights.shared(members)
+            buffers = buffers_and(way.own_buffers)
             # An attempt before may have written to its copies.
             tensors = [tensor.clone() for tensor in given] if way.fills_tensors else inputs
             with self._seeded(members.start):
@@ -374,7 +380,7 @@ class Population:
 
         def written_to() -> frozenset[str]:
             outputs.clear()
-            copies = copied_for(index[0], buffers)
+            copies = copied_for(index[0], buffers_and(held_by_modules.attributes))
             with held_by_modules.nothing_of_members_left(alone=True, last=False):
                 run_alone(0, call.inputs(members.start - self._members.start, 1), copies)
             return frozenset(name for name, copy in copies.items() if counted and copy._version)
@@ -387,7 +393,8 @@ class Population:
             rows = []
             for place in range(len(members)):
                 with held_by_modules.nothing_of_members_left(alone=True, last=place == len(members) - 1):
-                    rows.append(run_alone(place, fresh, copied_for(index[place], buffers)))
+                    copies = copied_for(index[place], buffers_and(held_by_modules.attributes))
+                    rows.append(run_alone(place, fresh, copies))
             return [_stacked(parts) for parts in zip(*rows, strict=True)]
 
         outputs.tensors = weights.policy.run(way, run_vectorised, written_to, run_one_by_one)

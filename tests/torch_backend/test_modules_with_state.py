@@ -411,6 +411,7 @@ class Memory(nn.Module):
         self.kept: dict[str, Any] = {"state": None, "all": []}
         self.queue: collections.deque[Tensor] = collections.deque(maxlen=2)
         self.object = types.SimpleNamespace(state=None)
+        self.plain = torch.ones(3, 4)
         self.keep, self.alone = keep, alone
 
     def forward(self, x: Tensor) -> Tensor:
@@ -450,6 +451,11 @@ def in_an_object(m: Any, x: Tensor) -> Tensor:
     return m.object.state
 
 
+def in_place_in_an_attribute(m: Any, x: Tensor) -> Tensor:
+    m.plain.add_(m.cell(x, m.plain))
+    return m.plain * 1
+
+
 def in_a_new_object(m: Any, x: Tensor) -> Tensor:
     m.state = types.SimpleNamespace(state=m.cell(x, m.state and m.state.state))
     return m.state.state
@@ -459,7 +465,10 @@ def in_a_new_object(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("alone", [False, True], ids=["at once", "one by one"])
 @pytest.mark.parametrize(
     "keep",
-    [in_an_attribute, in_a_buffer, in_a_new_buffer, in_a_dictionary, in_a_deque, in_an_object, in_a_new_object],
+    [
+        *(in_an_attribute, in_place_in_an_attribute, in_a_buffer, in_a_new_buffer),
+        *(in_a_dictionary, in_a_deque, in_an_object, in_a_new_object),
+    ],
 )
 def test_no_member_finds_what_another_has_left(keep: Callable[[Any, Tensor], Tensor], alone: bool) -> None:
     model, x = Memory(keep, alone), torch.ones(3, 4)
