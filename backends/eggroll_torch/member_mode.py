@@ -321,6 +321,12 @@ def _data(input):
     return input.data if isinstance(input, LowRankWeight) or _level() is None else unwrapped(input).detach()
 
 
+@_answers(torch.Tensor.requires_grad_)
+def _requires_grad_(input, requires_grad=True):
+    # Refused under `torch.vmap`, and without gradients of no consequence.
+    return input if _level() is not None and not torch.is_grad_enabled() else input.requires_grad_(requires_grad)
+
+
 @_answers(torch.Tensor.contiguous)
 def _contiguous(input, memory_format=torch.contiguous_format):
     if memory_format != torch.contiguous_format and _level() is not None:
