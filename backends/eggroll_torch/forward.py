@@ -1,7 +1,7 @@
 """The forward pass of a chunk of members: all at once or, where the model cannot be vectorised, one by one."""
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Literal
 
 import torch
@@ -55,7 +55,7 @@ class ForwardPass:
         self._compiler = compiler
         self._way = weights.policy.ways[call.method, model.training]
         self._held = HeldTensors(model)
-        self._names, self._buffers = self._held.all(), self._held.buffers
+        self._names = self._held.all()
         # A tensor of the model that is handed in has its values for all members, and is not the member's own.
         self._given = [
             tensor.detach() if self._held.hold(tensor) else tensor for tensor in call.inputs(first, len(members))
@@ -86,17 +86,18 @@ class ForwardPass:
     def _all_at_once(self) -> list[Tensor]:
         weights, members = self._weights, self._members
         mine, shared = weights.batched(members), weights.shared(members)
+        buffers = self._buffers_and(self._way.own_buffers)
         # An attempt before may have written to its copies.
         inputs = [tensor.clone() for tensor in self._given] if self._way.fills_tensors else self._inputs
         with seeded_for(weights, self._randomness, members.start):
             if not self._compiler.enabled:
                 with self._held.nothing_of_members_left():
-                    return self._run_all(self._index, self._key, mine, shared, {}, self._buffers, inputs)
+                    return self._run_all(self._index, self._key, mine, shared, {}, buffers, inputs)
             # A record would hold on to the tensors that it saw in the model: they are handed to it.
-            in_arguments = {*mine, *shared, *self._buffers}
+            in_arguments = {*mine, *shared, *buffers}
             held = {name: tensor for name, tensor in self._names.items() if name not in in_arguments}
             function = Function(self._run_all, self._outputs.parts_alone, self._kind, self._model)
-            arguments = (self._index, self._key, mine, shared, held, self._buffers, inputs)
+            arguments = (self._index, self._key, mine, shared, held, buffers, inputs)
             if self._call.kind is None:
                 self._call.kind = self._kind()
             returned, self._outputs.parts = self._compiler.run(function, self._call.kind, arguments, weights.policy)
@@ -149,17 +150,18 @@ class ForwardPass:
         self._outputs.clear()
         self._weights.prepare(self._members)
         inputs = self._call.inputs(self._first, len(self._members))
-        rows = [
-            self._run_alone(place, inputs, self._copied_for(self._index[place], self._buffers))
-            for place in range(len(self._members))
-        ]
+        rows = []
+        for place in range(len(self._members)):
+            with self._held.nothing_of_members_left(alone=True, last=place == len(self._members) - 1):
+                rows.append(self._run_alone(place, inputs, self._copies_for_one(place)))
         return [stacked(parts) for parts in zip(*rows, strict=True)]
 
     def _buffers_that_one_writes(self) -> frozenset[str]:
-        """The names of the buffers that the first member writes to, alone."""
+        """The names of the buffers, and of tensors in attributes, that the first member writes to, alone."""
         self._outputs.clear()
-        copies = self._copied_for(self._index[0], self._buffers)
-        self._run_alone(0, self._call.inputs(self._first, 1), copies)
+        copies = self._copies_for_one(0)
+        with self._held.nothing_of_members_left(alone=True, last=False):
+            self._run_alone(0, self._call.inputs(self._first, 1), copies)
         return frozenset(name for name, copy in copies.items() if self._counts_writes and copy._version)
 
     def _run_alone(self, place: int, inputs: list[Tensor], buffers: dict[str, Tensor]) -> list[Tensor]:
@@ -171,6 +173,15 @@ class ForwardPass:
             bound = {name: nn.Parameter(tensor) for name, tensor in weights.materialise(member).items()}
             with weights.policy.watching_member(self._model, bound, self._way):
                 return self._run_member(index, self._key, bound | buffers, own_inputs)
+
+    def _buffers_and(self, attributes: Iterable[str]) -> dict[str, Tensor]:
+        """What is copied for members: buffers, and those tensors that are plain attributes of these names."""
+        found = self._held.attributes
+        return {**self._held.buffers, **{name: found[name] for name in attributes if name in found}}
+
+    def _copies_for_one(self, place: int) -> dict[str, Tensor]:
+        """What a member that runs alone may write to."""
+        return self._copied_for(self._index[place], self._buffers_and(self._held.attributes))
 
     def _copied_for(self, index: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies of buffers; of those that members write to one that is the member's own under `vmap`."""

@@ -1,4 +1,4 @@
-"""Operations of members that no weight takes part in: attention, and random numbers of each member's own.
+"""Operations of members that no weight has to take part in: attention, sparse products, random numbers of their own.
 
 Each is a `torch.library` operation with a batching rule, as those on weights are; see `eggroll_torch.ops`.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from .drawing import draw_uniforms, fold_in_each
 from .vectorising import batching_rule, called
 
-__all__ = ["attention", "member_uniform", "uniforms_of_members"]
+__all__ = ["attention", "member_uniform", "sparse_product", "uniforms_of_members"]
 
 
 @torch.library.custom_op("eggroll::attention", mutates_args=())
@@ -52,6 +52,23 @@ def _mask_of_members(mask: Tensor, dim: int | None, members: int, ndim: int, lea
     mask = mask.expand(members, *mask.shape) if dim is None else mask.movedim(dim, 0)
     mask = mask.reshape(members, *(1,) * (ndim + 1 - mask.ndim), *mask.shape[1:])
     return mask.expand(members, *lead, *mask.shape[1 + len(lead) :]).flatten(0, len(lead))
+
+
+@torch.library.custom_op("eggroll::sparse_product", mutates_args=())
+def sparse_product(sparse: Tensor, dense: Tensor) -> Tensor:
+    """``sparse @ dense``: shapes ``(n, m)`` and ``(m, ...)``, result ``(n, ...)``."""
+    return torch.sparse.mm(sparse, dense.reshape(dense.shape[0], -1)).view(-1, *dense.shape[1:])
+
+
+@sparse_product.register_fake
+def _(sparse, dense):
+    return dense.new_empty(sparse.shape[0], *dense.shape[1:])
+
+
+@batching_rule(sparse_product)
+def _(info, in_dims, sparse, dense):
+    # The columns of all members side by side; `torch.vmap` takes no sparse tensors, so there is one for all of them.
+    return called(sparse_product, sparse, dense.movedim(in_dims[1], 1)), 1
 
 
 @torch.library.custom_op("eggroll::member_uniform", mutates_args=())

@@ -46,7 +46,7 @@ class Way:
         writes_to_inputs: whether the model changes its inputs in place, once it has run.
         fills_tensors: whether the model puts what members compute into tensors that it makes, such as zeros, or
             into its buffers.
-        own_buffers: the names of those buffers.
+        own_buffers: the names of those buffers, and of tensors that are plain attributes.
         own_inputs: whether the model puts what members compute into its inputs, or into what it makes of them alone.
         one_by_one: the model cannot be vectorised over members.
         captured: the model has operators that have to be captured as a whole, such as `torch.cond`, in which the use

@@ -1,17 +1,19 @@
 """Other values for a model's parameters, or for PyTorch's generators, for a while, with a sure way back."""
 
+import collections
 import contextlib
+import operator
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .perturbed import Weight
 from .threefry import seed_of
+from .trees import OPAQUE, Parts
 
 __all__ = [
     "HeldTensors",
@@ -134,11 +136,18 @@ class HeldTensors:
             for name in _LISTS_OF_WEIGHTS
             if name in table
         ]
-        self._attributes = [
-            (table, {name: (value, _length(value)) for name, value in own.items()})
-            for (_, table, own), (_, module) in zip(attributes, named, strict=True)
-            if not isinstance(module, torch.jit.ScriptModule)
-        ]
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        for (_, table, own), (_, module) in zip(attributes, named, strict=True):
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._attributes.append((table, own))
+                self._remember(module._parameters)
+                self._remember(module._buffers)
+                for value in own.values():
+                    is_object = (
+                        type(value) not in _PLAIN and not isinstance(value, OPAQUE) and hasattr(value, "__dict__")
+                    )
+                    self._remember(vars(value) if is_object else value)
 
     def _found(self, tables: Iterable[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Tensor]:
         """The tensors of some tables that were not met before, by name: of what precedes it, a table, and a part."""
@@ -151,6 +160,13 @@ class HeldTensors:
                         self._seen.add(id(value))
                         found[prefix + name] = value
         return found
+
+    def _remember(self, value: Any) -> None:
+        """Takes note of what is in an attribute, and in what is in that, if it can be changed in place."""
+        if isinstance(value, _CONTAINERS) and id(value) not in self._containers:
+            self._containers[id(value)] = value, value.copy()
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._remember(inner)
 
     def hold(self, tensor: Tensor) -> bool:
         return id(tensor) in self._seen
@@ -174,38 +190,60 @@ class HeldTensors:
                 table[name] = value
 
     @contextlib.contextmanager
-    def nothing_of_members_left(self) -> Iterator[None]:
-        """On the way out attributes that were set to tensors of members under `torch.vmap` are what they were.
+    def nothing_of_members_left(self, alone: bool = False, last: bool = True) -> Iterator[None]:
+        """On the way out attributes that were set to what members compute are what they were.
 
-        Nobody can use those afterwards. Also what was appended to lists, or put into dictionaries, under new keys.
+        So is what was put into lists, dictionaries and deques in attributes, and into objects there. Nobody could use
+        the tensors of a `torch.vmap` that is over, and the next member is to begin as this one did. If the body
+        raises, everything is what it was.
+
+        Args:
+            alone: it is one member, with ordinary tensors: all that were put there are its own.
+            last: no member comes after it; otherwise changes of other values, such as of a count, are undone, too.
         """
         try:
             yield
-        finally:
-            for table, before in self._attributes:
-                for name, value in _own(table).items():
-                    old, length = before.get(name, (None, 0))
-                    if name not in before or value is not old:
-                        if _holds_members(value):
-                            table[name] = old
-                            if name not in before:
-                                del table[name]
-                    elif isinstance(value, list) and len(value) > length and _holds_members(value[length:]):
-                        del value[length:]
-                    elif isinstance(value, dict) and len(value) > length:
-                        new = list(value)[length:]
-                        if _holds_members([value[key] for key in new]):
-                            for key in new:
-                                del value[key]
+        except BaseException:
+            self._restore(lambda value: True)
+            raise
+        self._restore((_holds_tensors if alone else _holds_members) if last else lambda value: True)
+
+    def _restore(self, concerns: Callable[[Any], bool]) -> None:
+        for table, before in self._attributes:
+            _restore_entries(table, _own(table), before, concerns)
+        for container, before in self._containers.values():
+            if isinstance(container, dict):
+                _restore_entries(container, container, before, concerns)
+            elif len(container) != len(before) or not all(map(operator.is_, container, before)):
+                known = set(map(id, before))
+                if concerns([value for value in container if id(value) not in known]):
+                    container.clear()
+                    container.extend(before)
+
+
+_CONTAINERS = (list, dict, collections.deque)
+_PLAIN = {int, float, bool, str, tuple, type(None)}
+_NOTHING = object()
+
+
+def _restore_entries(
+    table: dict[Any, Any], now: Mapping[Any, Any], before: Mapping[Any, Any], concerns: Callable[[Any], bool]
+) -> None:
+    """Puts back what entries of a table were, where what they became `concerns`; `now` are those that count."""
+    if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
+        return
+    changed = [name for name, value in now.items() if value is not before.get(name, _NOTHING)]
+    for name in [*changed, *(name for name in before if name not in now)]:
+        if concerns(table.get(name)):
+            if name in before:
+                table[name] = before[name]
+            else:
+                del table[name]
 
 
 def _own(attributes: dict[str, Any]) -> dict[str, Any]:
     """The attributes that not every module has."""
     return {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, list | dict) else 0
 
 
 @contextlib.contextmanager
@@ -224,12 +262,15 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
             table.update(entries)
 
 
+def _holds_tensors(value: Any) -> bool:
+    return bool(Parts(value).tensors)
+
+
 def _holds_members(value: Any) -> bool:
     """Whether there is a tensor in it that belongs to a `torch.vmap` that is over, or a member's weight."""
     return any(
-        isinstance(leaf, Weight)
-        or (isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf))
-        for leaf in pytree.tree_leaves(value)
+        isinstance(tensor, Weight) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for tensor in Parts(value).tensors
     )
 
 

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from .comparing import comparable
 
-__all__ = ["Parts"]
+__all__ = ["OPAQUE", "Parts"]
 
 _DATA = (int, float, complex, str, bytes, np.ndarray, np.generic, types.NoneType)
-_OPAQUE = (*_DATA, Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
+OPAQUE = (*_DATA, Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
 class Parts:
@@ -125,7 +125,7 @@ def _flatten(tree: Any, above: tuple[int, ...]) -> tuple[list[Any], _Structure]:
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    if isinstance(value, _OPAQUE):
+    if isinstance(value, OPAQUE):
         return None
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -117,6 +117,7 @@ def taken_for_a_parameter(m: Model, x: Tensor) -> Tensor:
 
 LIKE_A_PARAMETER: dict[str, Callable[[Model, Tensor], Any]] = {
     "its type": taken_for_a_parameter,
+    "made into another": lambda m, x: F.linear(x, nn.Parameter(m.weight * 2), nn.Parameter(m.bias * 2)),
     "its data": lambda m, x: F.linear(x, m.weight.data, m.bias.data),
     "the data of an activation": lambda m, x: (lambda y: y + (y.round() - y).data)(F.linear(x, m.weight, m.bias)),
 }

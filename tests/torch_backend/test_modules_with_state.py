@@ -1,7 +1,9 @@
 """Normalisation and buffers: members see their own batch's statistics, and nothing they write reaches the model."""
 
+import collections
 import copy
 import functools
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -395,6 +397,89 @@ def test_exported_programs(training: bool) -> None:
     ]
     for of_exported in outputs[1:]:
         assert_close(of_exported, outputs[0], 1e-5)
+
+
+class Memory(nn.Module):
+    """Keeps what it computes, in `kept` or as it is told."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], Tensor], alone: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell = nn.GRUCell(4, 4)
+        self.state: Any = None
+        self.register_buffer("nothing_yet", None)
+        self.kept: dict[str, Any] = {"state": None, "all": []}
+        self.queue: collections.deque[Tensor] = collections.deque(maxlen=2)
+        self.object = types.SimpleNamespace(state=None)
+        self.plain = torch.ones(3, 4)
+        self.keep, self.alone = keep, alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.keep(self, x)
+        return result if not self.alone or float(result.sum()) < 1e9 else x
+
+
+def in_an_attribute(m: Any, x: Tensor) -> Tensor:
+    m.state = m.cell(x, m.state)
+    return m.state
+
+
+def in_a_buffer(m: Any, x: Tensor) -> Tensor:
+    m.nothing_yet = m.cell(x, m.nothing_yet)
+    return m.nothing_yet
+
+
+def in_a_new_buffer(m: Any, x: Tensor) -> Tensor:
+    state = m.cell(x, getattr(m, "new", None))
+    m.register_buffer("new", state)
+    return state
+
+
+def in_a_dictionary(m: Any, x: Tensor) -> Tensor:
+    m.kept["state"] = m.cell(x, m.kept["state"])
+    m.kept["all"].append(m.kept["state"])
+    return sum(m.kept["all"])
+
+
+def in_a_deque(m: Any, x: Tensor) -> Tensor:
+    m.queue.append(m.cell(x))
+    return sum(m.queue)
+
+
+def in_an_object(m: Any, x: Tensor) -> Tensor:
+    m.object.state = m.cell(x, m.object.state)
+    return m.object.state
+
+
+def in_place_in_an_attribute(m: Any, x: Tensor) -> Tensor:
+    m.plain.add_(m.cell(x, m.plain))
+    return m.plain * 1
+
+
+def in_a_new_object(m: Any, x: Tensor) -> Tensor:
+    m.state = types.SimpleNamespace(state=m.cell(x, m.state and m.state.state))
+    return m.state.state
+
+
+@pytest.mark.filterwarnings("ignore:the model cannot be vectorised")
+@pytest.mark.parametrize("alone", [False, True], ids=["at once", "one by one"])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        *(in_an_attribute, in_place_in_an_attribute, in_a_buffer, in_a_new_buffer),
+        *(in_a_dictionary, in_a_deque, in_an_object, in_a_new_object),
+    ],
+)
+def test_no_member_finds_what_another_has_left(keep: Callable[[Any, Tensor], Tensor], alone: bool) -> None:
+    model, x = Memory(keep, alone), torch.ones(3, 4)
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=2).ask()
+    first, second = population(x), population(x)
+    assert torch.equal(first, second)
+    for member, output in enumerate(first):
+        fresh = copy.deepcopy(model)  # which tensors of a `torch.vmap` would not let happen
+        fresh.load_state_dict(population.state_dict(member))
+        with torch.no_grad():
+            assert_close(output, fresh(x), 1e-5)
 
 
 class Recurrent(nn.Module):

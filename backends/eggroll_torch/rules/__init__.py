@@ -14,6 +14,7 @@ from . import (
     randomness,
     recurrent,
     scaling,
+    sparse,
     views,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "randomness",
     "recurrent",
     "scaling",
+    "sparse",
     "views",
 ]

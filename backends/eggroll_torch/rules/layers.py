@@ -152,6 +152,14 @@ def _data(input):
     return unwrapped(input).detach()
 
 
+@_answers(torch.Tensor.requires_grad_)
+def _requires_grad_(input, requires_grad=True):
+    # Refused under `torch.vmap`, and without gradients of no consequence.
+    if transformation_level() is not None and not torch.is_grad_enabled():
+        return input
+    return input.requires_grad_(requires_grad)
+
+
 @_answers(torch.Tensor.contiguous)
 def _contiguous(input, memory_format=torch.contiguous_format):
     if memory_format != torch.contiguous_format and transformation_level() is not None:
