@@ -136,18 +136,11 @@ class HeldTensors:
             for name in _LISTS_OF_WEIGHTS
             if name in table
         ]
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._containers: dict[int, tuple[Any, Any]] = {}
-        for (_, table, own), (_, module) in zip(attributes, named, strict=True):
-            if not isinstance(module, torch.jit.ScriptModule):
-                self._attributes.append((table, own))
-                self._remember(module._parameters)
-                self._remember(module._buffers)
-                for value in own.values():
-                    is_object = (
-                        type(value) not in _PLAIN and not isinstance(value, OPAQUE) and hasattr(value, "__dict__")
-                    )
-                    self._remember(vars(value) if is_object else value)
+        self._attributes = [
+            (module, table, own)
+            for (_, table, own), (_, module) in zip(attributes, named, strict=True)
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
 
     def _found(self, tables: Iterable[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Tensor]:
         """The tensors of some tables that were not met before, by name: of what precedes it, a table, and a part."""
@@ -160,13 +153,6 @@ class HeldTensors:
                         self._seen.add(id(value))
                         found[prefix + name] = value
         return found
-
-    def _remember(self, value: Any) -> None:
-        """Takes note of what is in an attribute, and in what is in that, if it can be changed in place."""
-        if isinstance(value, _CONTAINERS) and id(value) not in self._containers:
-            self._containers[id(value)] = value, value.copy()
-            for inner in value.values() if isinstance(value, dict) else value:
-                self._remember(inner)
 
     def hold(self, tensor: Tensor) -> bool:
         return id(tensor) in self._seen
@@ -201,17 +187,37 @@ class HeldTensors:
             alone: it is one member, with ordinary tensors: all that were put there are its own.
             last: no member comes after it; otherwise changes of other values, such as of a count, are undone, too.
         """
+        containers = self._containers()
         try:
             yield
         except BaseException:
-            self._restore(lambda value: True)
+            self._restore(containers, lambda value: True)
             raise
-        self._restore((_holds_tensors if alone else _holds_members) if last else lambda value: True)
+        self._restore(containers, (_holds_tensors if alone else _holds_members) if last else lambda value: True)
 
-    def _restore(self, concerns: Callable[[Any], bool]) -> None:
-        for table, before in self._attributes:
+    def _containers(self) -> list[tuple[Any, Any]]:
+        """What is in attributes, and in what is in them, that can be changed in place, each with a copy."""
+        found: dict[int, tuple[Any, Any]] = {}
+
+        def remember(value: Any) -> None:
+            if isinstance(value, _CONTAINERS) and id(value) not in found:
+                found[id(value)] = value, value.copy()
+                for inner in value.values() if isinstance(value, dict) else value:
+                    remember(inner)
+
+        for module, _, own in self._attributes:
+            remember(module._parameters)
+            remember(module._buffers)
+            for value in own.values():
+                if type(value) not in _PLAIN:
+                    is_object = not isinstance(value, OPAQUE) and hasattr(value, "__dict__")
+                    remember(vars(value) if is_object else value)
+        return list(found.values())
+
+    def _restore(self, containers: list[tuple[Any, Any]], concerns: Callable[[Any], bool]) -> None:
+        for _, table, before in self._attributes:
             _restore_entries(table, _own(table), before, concerns)
-        for container, before in self._containers.values():
+        for container, before in containers:
             if isinstance(container, dict):
                 _restore_entries(container, container, before, concerns)
             elif len(container) != len(before) or not all(map(operator.is_, container, before)):
