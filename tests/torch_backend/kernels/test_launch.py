@@ -4,6 +4,7 @@ No GPU takes part, and nothing is compiled: where a kernel would run, its argume
 """
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        times = iter((2.0, 1.0))
+        times = itertools.cycle((2.0, 1.0))
         return lambda call, **options: [next(times)] * 3
 
 
@@ -105,6 +106,20 @@ def test_the_configuration_that_was_chosen_is_kept(launched: list[Any]):
     for _ in range(3):
         run(_tuned)
     assert launched == [(2, (1, 2, 1), (*IDENTITY, 48, 0.5, 1, True, tl.float32, 32))] * 3
+
+
+def test_what_another_thread_has_chosen_meanwhile_is_not_kept(launched: list[Any], monkeypatch: pytest.MonkeyPatch):
+    tuned = triton.runtime.Autotuner.run
+
+    def interrupted(kernel: Any, *arguments: Any, **how: Any) -> Any:
+        found = tuned(kernel, *arguments, **how)
+        kernel.best_config = kernel.configs[0]
+        return found
+
+    monkeypatch.setattr(triton.runtime.Autotuner, "run", interrupted)
+    for _ in range(2):
+        run(_tuned)
+    assert launched == [(2, (1, 2, 1), (*IDENTITY, 48, 0.5, 1, True, tl.float32, 32))] * 2
 
 
 @pytest.mark.parametrize(
