@@ -80,7 +80,7 @@ def table(report: dict) -> str:
             f"{t['generation, GPU busy']:.3f}" if "generation, GPU busy" in t else "-",
             ratio("generation, GPU busy", "two products"),
             f"{taken / 1e6:.0f} ({100 * size.beyond(taken):.0f} %)",
-            f"{full['milliseconds of all']:.1f} ({full['members']})",
+            f"{full['milliseconds of all']:.1f} ({full['members']})" if full else "-",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "\\* timed on the members in brackets, the most that fit, and scaled up."]
