@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from eggroll import prng
 
@@ -107,7 +108,8 @@ def launch(kernel: Any, grid: Any, *arguments: Any, device: torch.device, **cons
             return grid(given) if callable(grid) else grid
 
         compiled = kernel[noted](*arguments, **constants, enable_fp_fusion=False)
-    if compiled is not None:  # as it is in the interpreter
+    # The interpreter returns nothing, a compiler in the background what waits for it.
+    if isinstance(compiled, CompiledKernel):
         if len(_found) >= _REMEMBERED:
             _found.clear()
         _found[key] = compiled, {name: named[name] for name in kernel.arg_names[len(arguments) :]}

@@ -157,6 +157,30 @@ def test_shapes_that_keep_changing_are_forgotten(launched: list[Any], monkeypatc
     assert [arguments[2] for _, _, arguments in launched] == list(range(1, 9))
 
 
+def test_a_kernel_that_is_compiled_in_the_background_is_waited_for(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    compile = triton.JITFunction._do_compile
+
+    class Future:
+        """As Triton's: it waits where something is asked of the kernel."""
+
+        def __init__(self, *arguments: Any):
+            self.arguments = arguments
+
+        def result(self) -> Any:
+            return compile(*self.arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.result(), name)
+
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", lambda *arguments: Future(*arguments))
+    for _ in range(3):
+        run()
+    assert launched == [launched[0]] * 3
+    assert len(launch._found) == 1
+
+
 def test_a_kernel_that_failed_is_tried_again(launched: list[Any], monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(triton.JITFunction, "_do_compile", lambda *arguments: 1 / 0)
