@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from gpu_cases import MLP_MEMBERS, MLP_ROWS, MLP_WIDTH, Case, all_cases
@@ -33,6 +34,7 @@ from eggroll import prng
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import kernels
 
+Found = TypeVar("Found")
 SCALE = 0.01
 MLP_CHUNK = 8192
 REPEATS = 21
@@ -141,14 +143,22 @@ def timed(
     """
     found = {}
     for name, prepare in runs.items():
-        free()
-        try:
-            found[name] = milliseconds(prepare(), device, repeats)
-        except torch.AcceleratorError:
-            raise  # nothing runs on this device any more
-        except Exception as error:
-            print(f"{what}: {name} is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        one = tried(lambda prepare=prepare: milliseconds(prepare(), device, repeats), f"{what}: {name}")
+        if one is not None:
+            found[name] = one
     return found
+
+
+def tried(measurement: Callable[[], Found], what: str) -> Found | None:
+    """What is measured, in memory that is free; with a word why, None where that fails: the rest is still wanted."""
+    free()
+    try:
+        return measurement()
+    except torch.AcceleratorError:
+        raise  # nothing runs on this device any more
+    except Exception as error:
+        print(f"{what} is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def free() -> None:
@@ -163,7 +173,10 @@ def busy(run: Callable[[], object]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+    time = sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+    if time == 0:
+        raise RuntimeError("the profiler does not see the GPU")
+    return time
 
 
 @torch.no_grad()
@@ -177,9 +190,10 @@ def measure(case: Case, device: torch.device) -> dict:
     runs = methods(case, model, rows, x)
     found = timed(runs, case.name, device)
     if "generation" in found:
-        found["generation, GPU busy"] = busy(warm(runs["generation"]())), found["generation"][1]
-    free()
-    members_of_full, time_of_full = full_rank(case, model, x, device)
+        working = tried(lambda: busy(warm(runs["generation"]())), f"{case.name}: generation, GPU busy")
+        if working is not None:
+            found["generation, GPU busy"] = working, found["generation"][1]
+    full = tried(lambda: full_rank(case, model, x, device), f"{case.name}: full-rank ES")
     return {
         "width": case.width,
         "members": case.members,
@@ -187,7 +201,7 @@ def measure(case: Case, device: torch.device) -> dict:
         "shared": case.shared,
         "milliseconds": {name: time for name, (time, _) in found.items()},
         "bytes": {name: size for name, (_, size) in found.items()},
-        "full-rank ES": {"members": members_of_full, "milliseconds of all": time_of_full},
+        "full-rank ES": full and {"members": full[0], "milliseconds of all": full[1]},
     }
 
 

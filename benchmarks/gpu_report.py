@@ -7,7 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from gpu_cases import FORWARDS, MLP_MEMBERS, MLP_ROWS, MLP_WIDTH, RANKS, WIDTHS, Case
+from gpu_cases import FORWARDS, MLP_MEMBERS, MLP_ROWS, MLP_WIDTH, POPULATIONS, RANKS, WIDTHS, Case
 
 FILES = "gpu_generation"
 """The name of the files, before their endings."""
@@ -80,7 +80,7 @@ def table(report: dict) -> str:
             f"{t['generation, GPU busy']:.3f}" if "generation, GPU busy" in t else "-",
             ratio("generation, GPU busy", "two products"),
             f"{taken / 1e6:.0f} ({100 * size.beyond(taken):.0f} %)",
-            f"{full['milliseconds of all']:.1f} ({full['members']})",
+            f"{full['milliseconds of all']:.1f} ({full['members']})" if full else "-",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "\\* timed on the members in brackets, the most that fit, and scaled up."]
@@ -146,6 +146,7 @@ def plots(report: dict, out: Path) -> None:
                     axes.plot(members, ratios, style, marker="o", markersize=3, color=f"C{color}", label=label)
             axes.axhline(1, color="black", linewidth=0.8)
             axes.set_xscale("log", base=2)
+            axes.set_xlim(min(POPULATIONS) / 2, 2 * max(POPULATIONS))  # also while nothing is measured there
             axes.grid(alpha=0.3)
             axes.set_title(f"d = {width}, {'shared input' if shared else 'an input each'}", fontsize=9)
     figure.supylabel("speed relative to the products alone", fontsize=10)

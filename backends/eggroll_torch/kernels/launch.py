@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from eggroll import prng
 
@@ -32,10 +33,10 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _PROGRAMS_OF_PROCESSOR = 4
 _SHORTEST = 512
 
-# What Triton compiled, the constants, and those that are the kernel's parameters, by what they depend on. Forgotten
-# where shapes keep changing, which must not fill the memory.
+# What Triton compiled, and the constants among the kernel's parameters, by what they depend on. Forgotten where
+# shapes keep changing, which must not fill the memory.
 _REMEMBERED = 4096
-_found: dict[tuple[Any, ...], tuple[Any, dict[str, Any], list[Any]]] = {}
+_found: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
 
 class Source(NamedTuple):
@@ -94,17 +95,24 @@ def launch(kernel: Any, grid: Any, *arguments: Any, device: torch.device, **cons
     key = (id(kernel), device, *constants.items(), *map(_kind, arguments))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if (found := _found.get(key)) is not None:
-            compiled, constants, rest = found
-            programs = grid(constants) if callable(grid) else grid
-            compiled[(*programs, 1, 1)[:3]](*arguments, *rest)
+            compiled, others = found
+            programs = grid(others) if callable(grid) else grid
+            compiled[(*programs, 1, 1)[:3]](*arguments, *others.values())
             return
-        compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
-    if compiled is not None:  # as it is in the interpreter
+        named: dict[str, Any] = {}
+
+        def noted(given: dict[str, Any]) -> Any:
+            # Called last with what runs, whatever an autotuner tried before. Its `best_config` may by now be what
+            # another thread runs.
+            named.update(given)
+            return grid(given) if callable(grid) else grid
+
+        compiled = kernel[noted](*arguments, **constants, enable_fp_fusion=False)
+    # The interpreter returns nothing, a compiler in the background what waits for it.
+    if isinstance(compiled, CompiledKernel):
         if len(_found) >= _REMEMBERED:
             _found.clear()
-        if hasattr(kernel, "best_config"):
-            constants |= kernel.best_config.all_kwargs()
-        _found[key] = compiled, constants, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        _found[key] = compiled, {name: named[name] for name in kernel.arg_names[len(arguments) :]}
 
 
 def _kind(argument: Any) -> Any:

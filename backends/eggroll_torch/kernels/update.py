@@ -155,14 +155,17 @@ def _tile(
 def _add_scaled_(
     total: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, alpha: float, beta: float, fused: bool | None
 ) -> None:
-    """``total = beta * total + alpha * sum_d A_d @ B_d.T``, of factors in memory with the features side by side."""
+    """``total = beta * total + alpha * sum_d A_d @ B_d.T``, of factors in memory, `A` with features side by side."""
     draws, _, rank = A.shape
-    if fused is None:
-        fused = total.dtype != dtype or min(total.shape) < _LARGE
-    if fused:
+    if _is_fused(total, dtype, fused):
         _add_sum_(total, None, stored(A), stored(B), draws, rank, dtype, alpha, beta)
     else:
         total.addmm_(A.mT.flatten(0, 1).mT, B.to(dtype).mT.flatten(0, 1), alpha=alpha, beta=beta)
+
+
+def _is_fused(total: Tensor, dtype: torch.dtype, fused: bool | None) -> bool:
+    """Whether a kernel multiplies, as it was asked for or by size. The library knows no total of another dtype."""
+    return total.dtype != dtype or (min(total.shape) < _LARGE if fused is None else fused)
 
 
 def _scaled(A: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,15 +212,16 @@ def add_low_rank_sum_(
         dtype: what ``c * A`` and `B` are rounded to before they are multiplied; by default that of `A`.
         alpha: see above.
         beta: with 0 what `total` holds does not matter, as in `torch.addmm`.
-        fused: whether a kernel multiplies; by default unless `total` is large and has the dtype of the product, which
-            is then the library's.
+        fused: whether a kernel multiplies; by default unless `total` is large. The library multiplies where not, but
+            only if `total` has the dtype of the factors.
     """
     dtype = A.dtype if dtype is None else dtype
     _check(total, dtype)
     draws, _, rank = A.shape
     if total.numel() and draws:
         # Scaled beforehand what the library multiplies, or a kernel can copy past the registers.
-        if min(total.shape) >= _LARGE and (total.dtype == dtype or dtype != torch.float32):
+        large = min(total.shape) >= _LARGE and dtype != torch.float32
+        if large or not _is_fused(total, dtype, fused):
             _add_scaled_(total, _scaled(A, coefficients, dtype), B, dtype, alpha, beta, fused)
         else:
             c = coefficients.float().contiguous()
@@ -248,7 +252,8 @@ def add_low_rank_sum_drawn_(
         rank: columns of each factor.
         dtype: what the factors are rounded to before they are multiplied.
         precision, rng: the dtype to draw in and the generator, see `eggroll.prng.normal`.
-        alpha, beta, fused: see there.
+        alpha, beta: see there.
+        fused: see there; what needs no buffer is a kernel's.
     """
     _check(total, dtype)
     out_features, in_features = total.shape

@@ -1,5 +1,6 @@
 """The benchmark of the kernels where it cannot run, and what it makes of figures."""
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -51,6 +52,7 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
         sizes = {"width": case.width, "members": case.members, "rank": case.rank, "shared": case.shared}
         found = {"milliseconds": there, "bytes": dict.fromkeys(there, 5_000_000), "full-rank ES": full}
         cases[case.name] = {**sizes, **found}
+    cases[case.name]["full-rank ES"] = None
     cases["mlp"] = {"members": 65_536, "milliseconds": {"generation": 2.0, "EvoX": 30.0}, "bytes": {}}
     machine = {"device": "an invented GPU", "torch": "2", "triton": "3", "python": "3"}
     report = {"machine": machine, "ceilings": {"TFLOP/s": 700.0, "GB/s": 3000.0}, "cases": cases}
@@ -65,6 +67,7 @@ def test_the_report_of_invented_figures(tmp_path: Path, monkeypatch: pytest.Monk
     assert "of the update with the library's product over that of one kernel, medians of cases: 0.50 at" in table
     assert "EvoX 30.0 ms (15.0 times a generation here)" in table
     assert (tmp_path / "gpu_generation.png").stat().st_size > 10_000
+    gpu_generation.write(report | {"cases": {"mlp": cases["mlp"]}}, tmp_path)  # what is measured with `--only mlp`
 
 
 def test_what_is_measured_anew_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -110,3 +113,32 @@ def test_what_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch, capsy
     assert gpu_generation.timed(runs, "a case", torch.device("cpu")) == {"good": (1.5, 0)}
     said = capsys.readouterr().err.splitlines()
     assert said == [f"a case: {name} is left out: ImportError: no such library" for name in ("bad", "unprepared")]
+
+
+def test_a_layer_whose_work_no_profiler_sees_is_measured_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Containers may forbid a profiler. And the noise of a full-rank population may not fit."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_generation
+
+    nothing = SimpleNamespace(key_averages=list)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(nothing))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(gpu_generation, "methods", lambda *arguments: {"generation": lambda: lambda: None})
+
+    def milliseconds(run: Any, device: torch.device, repeats: int) -> tuple[float, int]:
+        if repeats == 3:
+            raise torch.OutOfMemoryError("no room")
+        return 1.0, 8
+
+    monkeypatch.setattr(gpu_generation, "milliseconds", milliseconds)
+    case = gpu_generation.Case(4, 2, 1, False)
+    found = gpu_generation.measure(case, torch.device("cpu"))
+    assert found["milliseconds"] == {"generation": 1.0}
+    assert found["full-rank ES"] is None
+    assert capsys.readouterr().err.splitlines() == [
+        f"{case.name}: generation, GPU busy is left out: RuntimeError: the profiler does not see the GPU",
+        f"{case.name}: full-rank ES is left out: OutOfMemoryError: no room",
+    ]

@@ -4,6 +4,7 @@ No GPU takes part, and nothing is compiled: where a kernel would run, its argume
 """
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        times = iter((2.0, 1.0))
+        times = itertools.cycle((2.0, 1.0))
         return lambda call, **options: [next(times)] * 3
 
 
@@ -107,6 +108,20 @@ def test_the_configuration_that_was_chosen_is_kept(launched: list[Any]):
     assert launched == [(2, (1, 2, 1), (*IDENTITY, 48, 0.5, 1, True, tl.float32, 32))] * 3
 
 
+def test_what_another_thread_has_chosen_meanwhile_is_not_kept(launched: list[Any], monkeypatch: pytest.MonkeyPatch):
+    tuned = triton.runtime.Autotuner.run
+
+    def interrupted(kernel: Any, *arguments: Any, **how: Any) -> Any:
+        found = tuned(kernel, *arguments, **how)
+        kernel.best_config = kernel.configs[0]
+        return found
+
+    monkeypatch.setattr(triton.runtime.Autotuner, "run", interrupted)
+    for _ in range(2):
+        run(_tuned)
+    assert launched == [(2, (1, 2, 1), (*IDENTITY, 48, 0.5, 1, True, tl.float32, 32))] * 2
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -140,6 +155,30 @@ def test_shapes_that_keep_changing_are_forgotten(launched: list[Any], monkeypatc
         run(size=size)
         assert len(launch._found) <= 3
     assert [arguments[2] for _, _, arguments in launched] == list(range(1, 9))
+
+
+def test_a_kernel_that_is_compiled_in_the_background_is_waited_for(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    compile = triton.JITFunction._do_compile
+
+    class Future:
+        """As Triton's: it waits where something is asked of the kernel."""
+
+        def __init__(self, *arguments: Any):
+            self.arguments = arguments
+
+        def result(self) -> Any:
+            return compile(*self.arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.result(), name)
+
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", lambda *arguments: Future(*arguments))
+    for _ in range(3):
+        run()
+    assert launched == [launched[0]] * 3
+    assert len(launch._found) == 1
 
 
 def test_a_kernel_that_failed_is_tried_again(launched: list[Any], monkeypatch: pytest.MonkeyPatch):

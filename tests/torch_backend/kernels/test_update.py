@@ -205,6 +205,24 @@ def test_large_sums_in_one_dtype_are_the_librarys(
     assert bool(launched) == (bool(fused) or parts)
 
 
+def test_who_multiplies_is_as_asked_for(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the size: the benchmark times both ways, also of a matrix that is none of the large ones."""
+    case = Sum((5, 9, 11, 3), dtype, device)
+    launched = []
+    add = update._add_sum_
+    monkeypatch.setattr(update, "_add_sum_", lambda *arguments: (launched.append(1), add(*arguments)))
+    for start, fused, by_kernel in (
+        (case.start.to(dtype), False, False),
+        (case.start.to(dtype), True, True),
+        (case.start.double().to(torch.float16 if dtype == torch.float32 else torch.float32), False, True),
+    ):
+        total = start.clone()
+        launched.clear()
+        update.add_low_rank_sum_(total, case.coefficients, *case.factors, dtype, fused=fused)
+        assert error(total, start.double() + case.change) < TOLERANCES[torch.bfloat16]
+        assert bool(launched) == by_kernel
+
+
 def test_strided_factors(dtype: torch.dtype, device: torch.device):
     case = Sum((4, 9, 11, 3), dtype, device)
     rows = torch.randn(4, 7 + 20 * 3, device=device).to(dtype)
