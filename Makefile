@@ -23,8 +23,8 @@ test-wheel: $(VENV)/.dev
 	$(BIN)/python tests/run_on_wheel.py $(PYTEST_ARGUMENTS) $(ON_WHEEL)
 
 # On a machine with a CUDA GPU: the kernels' tests, which compile for minutes, the parity command, and the kernels under
-# CUDA's memory checker. Where nothing can be installed, in an environment that has what they need, such as /opt/torch:
-# `PYTHONPATH=$PWD:$PWD/backends make -o /opt/torch/.dev test-gpu VENV=/opt/torch`, and so for bench-gpu.
+# CUDA's memory checker. Where nothing can be installed, with a virtual environment ENV that has what they need:
+# `PYTHONPATH=$PWD:$PWD/backends make -o ENV/.dev test-gpu VENV=ENV`; likewise `bench-gpu`.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 8 tests/torch_backend/kernels
 	$(BIN)/python -m eggroll.parity --backends torch-cuda
