@@ -60,6 +60,15 @@ def as_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
+def as_size(name: str, value: Any) -> Any:
+    """`value`, how many at a time: a positive int, ``"auto"`` or None, or an error that names the argument."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"`{name}` must be a positive int, 'auto' or None, got {value!r}")
+        return value
+    return None if value is None else as_int(name, value, 1)
+
+
 @dataclass(frozen=True)
 class EggrollConfig:
     """What defines an EGGROLL run besides its model, its fitness, its seed and its optimizer.

@@ -9,13 +9,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import Literal as Constant
 
 from eggroll import EggrollConfig
-from eggroll.config import as_int
 
 from .jaxprs import jaxprs_in
 from .layout import Plan
 from .tracing import Traced
 
-__all__ = ["BatchSize", "check_batch_size", "draws_to_evaluate", "draws_to_sum", "largest_value"]
+__all__ = ["BatchSize", "draws_to_evaluate", "draws_to_sum", "largest_value"]
 
 Input = Literal["shared", "factored", "own"]
 """What all members share; a matrix whose noise stays in factors; or a value of which each member has another."""
@@ -27,15 +26,6 @@ BatchSize = int | Literal["auto"] | None
 _CACHED, _IN_MEMORY = 4 << 20, 1 << 30
 # Bytes of noise that are held at a time.
 _NOISE = 32 << 20
-
-
-def check_batch_size(batch_size: BatchSize) -> None:
-    """Raises a TypeError or ValueError unless it is a positive int, ``"auto"`` or None."""
-    if isinstance(batch_size, str):
-        if batch_size != "auto":
-            raise ValueError(f"`batch_size` must be a positive int, 'auto' or None, got {batch_size!r}")
-    elif batch_size is not None:
-        as_int("batch_size", batch_size, 1)
 
 
 def draws_to_evaluate(batch_size: BatchSize, config: EggrollConfig, chosen: Plan, traced: Traced) -> int | None:

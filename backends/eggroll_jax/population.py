@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from eggroll import EggrollConfig
-from eggroll.config import as_bool
+from eggroll.config import as_bool, as_size
 from eggroll.perturbation import draws_and_signs
 
 from .arguments import check_config, check_function, integer, sigma_of
-from .batching import BatchSize, check_batch_size, draws_to_evaluate
+from .batching import BatchSize, draws_to_evaluate
 from .draws import draw, draw_keys, generation_keys
 from .layout import Layout, Leaf, Plan, plan
 from .perturbed import PerturbedArray, fall_back, one_warning_for_each_primitive
@@ -130,7 +130,7 @@ def evaluation_of(
 ) -> Callable[..., Evaluation]:
     """`population_apply`, whose function also says how it went."""
     check_config(config)
-    check_batch_size(batch_size)
+    as_size("batch_size", batch_size)
     as_bool("strict", strict)
 
     def apply(

@@ -9,9 +9,10 @@ import optax
 from jax.sharding import Mesh
 
 from eggroll import EggrollConfig
+from eggroll.config import as_size
 
 from .arguments import check_config
-from .batching import BatchSize, check_batch_size, draws_to_sum
+from .batching import BatchSize, draws_to_sum
 from .direction import directions
 from .keys import key_words
 from .layout import Layout, plan
@@ -61,7 +62,7 @@ def scale_by_eggroll(
     """
     check_config(config)
     key_words(key)
-    check_batch_size(batch_size)
+    as_size("batch_size", batch_size)
 
     def init(params: Any) -> EggrollState:
         _checked_plan(params, config, layout, template)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from eggroll.config import as_int
+from eggroll.config import as_size
 
 from .memory import PeakMemory, free_memory
 
@@ -29,12 +29,7 @@ class Chunking:
     """
 
     def __init__(self, requested: ChunkSize):
-        if isinstance(requested, str):
-            if requested != "auto":
-                raise ValueError(f"`chunk_size` must be a positive int, 'auto' or None, got {requested!r}")
-        elif requested is not None:
-            requested = as_int("chunk_size", requested, 1)
-        self.requested = requested
+        self.requested: ChunkSize = as_size("chunk_size", requested)
         self._measured: int | None = None
 
     @property
