@@ -15,16 +15,13 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
-import triton
+from idle_gpu import idle_gpu
 from torch import nn
 from torch_generation import machine
-from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
 
 from eggroll.torch import EGGROLLTrainer
 from eggroll_torch import kernels
@@ -92,54 +89,11 @@ def steps_of_game(members: int, compile: bool | dict | None) -> float:
     return 1e6 * statistics.median(times[20:])
 
 
-class IdleDriver:
-    """A GPU, as far as Triton asks before it launches."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        return lambda call, **options: [1.0] * 3
-
-
-class IdleKernel(CompiledKernel):
-    """What stands for a kernel that was compiled."""
-
-    module = function = packed_metadata = None
-
-    def __init__(self) -> None:
-        pass
-
-    def _init_handles(self) -> None:
-        pass
-
-    def launch_metadata(self, grid: Any, stream: int, *arguments: Any) -> None:
-        pass
-
-    def run(self, *arguments: Any) -> None:
-        pass
-
-
-def compiled(kernel: Any, key: Any, signature: Any, device: int, *how: Any) -> IdleKernel:
-    """In the place of Triton's compiler."""
-    return kernel.device_caches[device][0].setdefault(key, IdleKernel())
-
-
 @contextlib.contextmanager
 def kernels_that_do_nothing() -> Iterator[None]:
     """The CPU as a device that has the kernels, to look at it from outside."""
     there = kernels.Status(True, "for a benchmark", None, None)
-    with (
-        patch.object(kernels, "status", lambda device=None, rng="threefry": there),
-        patch.object(triton.runtime.driver, "_active", IdleDriver()),
-        patch.object(triton.JITFunction, "_do_compile", compiled),
-    ):
+    with patch.object(kernels, "status", lambda device=None, rng="threefry": there), idle_gpu():
         yield
 
 

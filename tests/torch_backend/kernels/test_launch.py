@@ -6,6 +6,7 @@ No GPU takes part, and nothing is compiled: where a kernel would run, its argume
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,10 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
 
 from eggroll_torch.kernels import launch
 
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 CPU = torch.device("cpu")
 BUFFER = torch.zeros(64)
 IDENTITY = BUFFER.data_ptr(), BUFFER.dtype
@@ -36,56 +36,27 @@ _tuned = triton.autotune(
 )(_kernel)
 
 
-class Driver:
-    """A GPU, as far as Triton asks before it launches; the second configuration is always the fastest."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        times = itertools.cycle((2.0, 1.0))
-        return lambda call, **options: [next(times)] * 3
-
-
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The warps that each launched kernel was compiled for, the grid and the arguments; without those of trials."""
-    found: list[Any] = []
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from idle_gpu import IdleDriver, IdleKernel, idle_gpu
 
-    class Compiled(CompiledKernel):
-        module = function = packed_metadata = None
+    launches: list[Any] = []
 
-        def __init__(self, options: Any):
-            self.options = options
-
-        def _init_handles(self) -> None:
-            pass
-
-        def launch_metadata(self, *arguments: Any) -> None:
-            pass
-
-        @property
-        def run(self) -> Callable[..., None]:
-            return self.found
-
-        def found(self, x: int, y: int, z: int, *rest: Any) -> None:
+    class Compiled(IdleKernel):
+        def run(self, x: int, y: int, z: int, *rest: Any) -> None:
             values, *others = rest[6:]  # after the stream, the function, its metadata and hooks
-            found.append((self.options.num_warps, (x, y, z), (values.data_ptr(), values.dtype, *others)))
+            launches.append((self.options.num_warps, (x, y, z), (values.data_ptr(), values.dtype, *others)))
 
-    def compiled(kernel: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, *rest: Any) -> Any:
-        kernel.device_caches[device][0][key] = Compiled(options)
-        return kernel.device_caches[device][0][key]
+    def second_is_fastest(driver: IdleDriver) -> Callable[..., list[float]]:
+        times = itertools.cycle((2.0, 1.0))
+        return lambda call, **options: [next(times)] * 3
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    monkeypatch.setattr(triton.JITFunction, "_do_compile", compiled)
+    monkeypatch.setattr(IdleDriver, "get_benchmarker", second_is_fastest)
     monkeypatch.setattr(launch, "_found", {})
-    yield found
+    with idle_gpu(Compiled):
+        yield launches
     _kernel.device_caches.clear()
     _tuned.cache.clear()
 
