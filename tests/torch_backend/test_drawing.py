@@ -194,6 +194,17 @@ def test_the_normal_of_every_mantissa():
     assert ulp_distance(fast, (prng._erfinv(numpy_xp, uniform) * prng.SQRT2).astype(np.float32)) <= 4
 
 
+@with_numba
+def test_the_loops_use_the_widest_registers():
+    from llvmlite.binding import get_host_cpu_features
+
+    if not get_host_cpu_features().get("avx512f"):
+        pytest.skip("this processor has no registers of 512 bits")
+    loops._normals(np.zeros(64, np.uint32), np.zeros(64, np.float32))
+    assembly = "".join(loops._normals.inspect_asm().values())
+    assert assembly.count("%zmm") > assembly.count("%ymm")
+
+
 @on_both_paths
 @rngs
 def test_the_tail_of_the_normals(rng: prng.Rng):
