@@ -123,7 +123,10 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return decorate
 
 
-@intrinsic
+_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic  # its callers do not give the context
+
+
+@_intrinsic
 def _with_widest_registers(typing_context):
     """Has the function that calls it use registers of 512 bits where there are some.
 

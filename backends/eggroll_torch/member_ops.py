@@ -18,15 +18,24 @@ __all__ = ["attention", "member_uniform", "sparse_product", "uniforms_of_members
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` without dropout; members become rows of its batch."""
-    return torch.nn.functional.scaled_dot_product_attention(
+    """`torch.nn.functional.scaled_dot_product_attention` without dropout; members become rows of its batch.
+
+    Returns:
+        Shape ``(..., heads, length, head_dim)``; in memory heads are side by side, as PyTorch writes them and
+        models join them.
+    """
+    out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-    ).contiguous()
+    )
+    return out.contiguous() if out.ndim < 3 else out.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 @attention.register_fake
 def _(q, k, v, mask, is_causal, scale, enable_gqa):
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    if q.ndim < 3:
+        return q.new_empty(q.shape[0], v.shape[-1])
+    *lead, heads, length, _ = q.shape
+    return q.new_empty(*lead, length, heads, v.shape[-1]).transpose(-3, -2)
 
 
 @batching_rule(attention)

@@ -48,20 +48,25 @@ def _multi_head_attention(
     if any(isinstance(tensor, PerturbedWeight) for tensor in (query, key, value, static_k, static_v)):
         return NotImplemented
     batched = query.ndim == 3
-    if not batched:  # (length, embedding) to (length, 1, embedding)
-        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    target_length, batch, embed_dim = query.shape
-    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
-    weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
-    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    if not batched and key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.unsqueeze(0)
+    itself = query is key and key is value
+    # (length, batch, embedding), or without a batch, to (batch, length, embedding): so heads need not be copied.
+    query, key, value = (x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (query, key, value))
+    batch = query.shape[0]
+    if itself and not use_separate_proj_weight:
+        q, k, v = linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
+    else:
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     if bias_k is not None:
-        k = torch.cat([k, bias_k.expand(1, batch, -1)])
-        v = torch.cat([v, bias_v.expand(1, batch, -1)])
+        k = torch.cat([k, bias_k.expand(batch, 1, -1)], dim=1)
+        v = torch.cat([v, bias_v.expand(batch, 1, -1)], dim=1)
 
-    def heads(x: Tensor) -> Tensor:  # (length, batch, embedding) to (batch, heads, length, head_dim)
-        return x.reshape(x.shape[0], batch, num_heads, embed_dim // num_heads).permute(1, 2, 0, 3)
+    def heads(x: Tensor) -> Tensor:  # (batch, length, embedding) to (batch, heads, length, head_dim)
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
     q = heads(q)
     k = heads(k) if static_k is None else static_k.unflatten(0, (batch, num_heads))
@@ -77,12 +82,12 @@ def _multi_head_attention(
         attended = shares @ v
     else:
         attended = attention(q, k, v, mask, rate)
-    joined = attended.permute(2, 0, 1, 3).reshape(target_length, batch, embed_dim)
-    out = linear(joined, out_proj_weight, out_proj_bias)
+    out = linear(attended.transpose(1, 2).flatten(-2), out_proj_weight, out_proj_bias)
+    out = out.transpose(0, 1) if batched else out.squeeze(0)
     if not need_weights:
-        return (out if batched else out.squeeze(1)), None
+        return out, None
     shares = shares.mean(dim=1) if average_attn_weights else shares
-    return (out, shares) if batched else (out.squeeze(1), shares.squeeze(0))
+    return out, (shares if batched else shares.squeeze(0))
 
 
 FUNCTIONS[F.multi_head_attention_forward] = _multi_head_attention

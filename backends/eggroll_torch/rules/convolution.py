@@ -79,9 +79,8 @@ def _applied(
     def convolved(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         return function(x, kernel, bias, *how)
 
-    out = convolved(x, W, bias) + (
-        convolved(_mix(x, A.mT), filters) if transposed else _mix(convolved(x, filters), A)
-    )
+    noise = convolved(_mix(x, A.mT), filters) if transposed else _mix(convolved(x, filters), A)
+    out = noise.add_(convolved(x, W, bias))  # not the other way round: members may share the other one
     return out if input.ndim == spatial + 2 else out.squeeze(0)
 
 
