@@ -11,6 +11,8 @@ import pytest
 
 import eggroll.jax.hyperscale as hs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 common = hs.models.common
 
 REFERENCE = Path(__file__).parents[1] / "reference"

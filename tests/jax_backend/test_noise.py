@@ -30,14 +30,6 @@ DRAWS = [
 KEYS = prng.split(prng.key(2**40 + 5), sum(draw.keys for draw in DRAWS))
 
 
-@pytest.fixture
-def full_compilation(quick_compilation):
-    """XLA as users run it, which may fuse a product with a sum."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def shape_of(name):
     return tuple(map(int, name.split("x")))
 

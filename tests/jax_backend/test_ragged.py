@@ -20,9 +20,11 @@ def normal(*shape):
     return jax.random.normal(jax.random.key(sum(shape)), shape)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("per_member", [False, True])
-@pytest.mark.parametrize("noise", [Matrix(1, 2), "dense", "frozen"])
+@pytest.mark.parametrize(
+    ("noise", "dtype"),
+    [(Matrix(1, 2), jnp.float32), (Matrix(1, 2), jnp.bfloat16), ("dense", jnp.float32), ("frozen", jnp.float32)],
+)
 def test_rows_of_no_group_and_groups_without_rows(noise, per_member, dtype):
     """Groups, inputs and experts that are a member's own or shared, in every combination."""
     sizes, shared = jnp.asarray([2, 0, 4]), normal(8, 5).astype(dtype)
@@ -36,10 +38,14 @@ def test_rows_of_no_group_and_groups_without_rows(noise, per_member, dtype):
     layout = {"w": noise, "b": None}
     apply = jax.jit(population_apply(fn, CONFIG, layout=layout, strict=True), static_argnames="per_member")
     out, _ = apply(params, KEY, 0, *given, per_member=(per_member, True))
+
+    @jax.jit
+    def one(member, x, sizes):
+        return fn(materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout)), x, sizes)[0]
+
     for member in range(10):
-        dense = materialise(perturb(params, KEY, 0, member, CONFIG, layout=layout))
         x = given[0][member] if per_member else shared
-        expected = np.asarray(fn(dense, x, given[1][member])[0], np.float32)
+        expected = np.asarray(one(member, x, given[1][member]), np.float32)
         assert not expected[6:].any()
         atol = (2e-5 if dtype == jnp.float32 else 2**-4) * np.abs(expected).max()
         np.testing.assert_allclose(np.asarray(out[member], np.float32), expected, rtol=0, atol=atol)
@@ -71,26 +77,18 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("per_member", [False, True])
 @pytest.mark.parametrize("noise", [Matrix(1, 2), "dense", "frozen"])
 @pytest.mark.parametrize("case", INSIDE)
 @pytest.mark.filterwarnings("ignore:eggroll has no low-rank rule")
-def test_what_the_model_itself_makes_of_it(case, noise, per_member):
+def test_what_the_model_itself_makes_of_it(case, noise):
+    """The bias makes the rows of each member its own."""
     params = {"w": normal(3, 5, 4), "b": normal(5)}
-    x = normal(10, 8, 5) if per_member else normal(8, 5)
     layout = {"w": noise, "b": None}
     strict = not (case == "vmap" and isinstance(noise, Matrix))
-    check(
-        lambda params, x: INSIDE[case](params["w"], x + params["b"]),
-        params,
-        layout,
-        x,
-        per_member=per_member,
-        strict=strict,
-    )
+    check(lambda params, x: INSIDE[case](params["w"], x + params["b"]), params, layout, normal(8, 5), strict=strict)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
 @pytest.mark.parametrize("noise", [Matrix(1, 2), "frozen"])
 def test_groups_of_all_members_are_larger_than_a_narrow_type(noise, dtype):
     params = {"w": normal(2, 3, 4), "b": normal(3)}

@@ -227,8 +227,8 @@ def test_a_mistake_in_the_torch_backend_is_red(mutate, red, monkeypatch, tmp_pat
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_mistake_in_the_jax_backend_is_red(mutate, only, red, monkeypatch, tmp_path):
-    pytest.importorskip("jax")
     mutate(monkeypatch)
     status, found = verdicts(tmp_path, "jax-cpu", f"bits,{only}")
     assert status == 1

@@ -24,8 +24,7 @@ def torch_cpu():
 
 
 @pytest.fixture(scope="module")
-def jax_cpu():
-    pytest.importorskip("jax")
+def jax_cpu(quick_compilation):
     return backends_named(["jax-cpu"])[0]
 
 

@@ -8,7 +8,7 @@ from parity.standin import write_checkout
 
 from eggroll.parity.cli import main
 
-pytest.importorskip("jax")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def compare(directory, tmp_path, *arguments):

@@ -1,4 +1,4 @@
-"""Runs the tests of this folder in Triton's interpreter, each file in a process of its own."""
+"""Runs the tests of this folder in Triton's interpreter, in a few processes that share the files."""
 
 import importlib.util
 import os
@@ -17,12 +17,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEED_KERNELS)
-def test_in_the_interpreter(name: str):
+@pytest.mark.parametrize("names", [NEED_KERNELS[start::4] for start in range(4)], ids=" ".join)
+def test_in_the_interpreter(names: list[str]):
+    paths = [HERE / name for name in names]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     chosen = {"TRITON_INTERPRET": "1", "EGGROLL_KERNELS": "interpret", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / name)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, paths)],
         cwd=HERE.parents[2],
         env=inherited | chosen,
         capture_output=True,
