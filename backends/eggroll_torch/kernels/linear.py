@@ -368,6 +368,10 @@ def _check(x: Tensor, weight: Tensor, members: int, draws: int, activation: str 
         raise TypeError(
             f"`x` and `weight` must have one dtype of {', '.join(map(str, DTYPES))}, got {x.dtype} and {weight.dtype}"
         )
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"`x` must have the {weight.shape[1]} input features of `weight`, got shape {tuple(x.shape)}"
+        )
     if (members or draws) and (draws == 0 or members % draws):
         raise ValueError(f"`signs` must have a multiple of the {draws} draws, got {members} members")
     if activation is not None and activation not in ACTIVATIONS:

@@ -371,6 +371,9 @@ def test_what_the_layer_refuses(device: torch.device):
         layer.stored(weight=layer.weight.to(torch.bfloat16))
     with pytest.raises(TypeError, match=r"torch\.float64"):
         layer.stored(weight=layer.weight.double(), x=layer.x.double())
+    for x in (layer.x[..., 1:], F.pad(layer.x, (0, 1))):
+        with pytest.raises(ValueError, match=f"`x` must have the 33 input features of `weight`, .* {x.shape[-1]}"):
+            layer.stored(x=x)
     with pytest.raises(ValueError, match="`signs` must have a multiple of the 3 draws, got 5 members"):
         layer.drawn(signs=layer.signs[:5])
     with pytest.raises(ValueError, match=r"`activation` must be None or one of relu, .*, got 'sine'"):
