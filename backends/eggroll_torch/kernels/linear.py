@@ -174,6 +174,8 @@ def _linear_kernel(
         w_tile = (
             weight + (n % out_features).to(tl.int64)[None, :] * weight_row + k.to(tl.int64)[:, None] * weight_column
         )
+        x_step = tl.cast(BLOCK_K, tl.int64) * x_column
+        w_step = tl.cast(BLOCK_K, tl.int64) * weight_column
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for done in range(0, in_features, BLOCK_K):
             if EVEN:
@@ -183,8 +185,8 @@ def _linear_kernel(
                 left = tl.load(x_tile, mask=(k < in_features - done)[None, :], other=0.0)
                 right = tl.load(w_tile, mask=(k < in_features - done)[:, None], other=0.0)
             sums = product(left, right, sums, MATMUL)
-            x_tile += BLOCK_K * x_column
-            w_tile += BLOCK_K * weight_column
+            x_tile += x_step
+            w_tile += w_step
     else:
         base_line = (line % rows if SHARED else line) * out_features
         sums = tl.load(base + base_line[:, None] + n[None, :], mask=m_in[:, None] & n_in[None, :], other=0.0)
