@@ -54,13 +54,13 @@ class _Argument:
 
 
 class _Launch:
-    """The accesses of one launch. Those of a program are numbered on from those of the programs before."""
+    """The accesses of one launch, numbered from 1 in the order in which the interpreter makes them."""
 
     def __init__(self, kernel: str, names: list[str]):
         self.kernel = kernel
         self.names = names
         self.arguments: list[_Argument] = []
-        self.program_of: list[Program] = [(0, 0, 0)]  # of each access, from the first, which is 1
+        self.program_of: list[Program] = [(0, 0, 0)]  # of each access; there is none with the number 0
         self.loads: list[tuple[int, _Argument, np.ndarray, int]] = []  # which access, of what, at which offsets
         self.store_of: dict[int, np.ndarray] = {}  # by storage: which access has written each byte, 0 for none
 
@@ -94,8 +94,8 @@ class _Launch:
         store_of, places = self.store_of[storage], _bytes(argument, offsets, itemsize)
         access = len(self.program_of) - 1
         if (earlier := store_of[places]).any():
-            at = int(np.flatnonzero(earlier)[0])
-            before = self.program_of[int(earlier.flat[at])]
+            at = int(np.flatnonzero(earlier.any(-1))[0])
+            before = self.program_of[int(earlier[at].max())]
             raise self._fault(f"writes {_element(argument, offsets, at)}, which program {before} has written")
         lanes = np.arange(len(places))
         store_of[places[:, 0]] = lanes
@@ -124,9 +124,7 @@ class _Launch:
                     f"which program {writer} writes"
                 )
 
-    def _locate(
-        self, does: str, pointers: Any, mask: np.ndarray, itemsize: int
-    ) -> tuple[_Argument, np.ndarray] | Any:
+    def _locate(self, does: str, pointers: Any, mask: np.ndarray, itemsize: int) -> tuple[Any, np.ndarray]:
         """Which argument an access is to, and the offsets in bytes from where it begins of what is not masked."""
         self.program_of.append(interpreter.interpreter_builder.grid_idx)
         lanes = pointers.data[mask]
