@@ -174,6 +174,8 @@ def _linear_kernel(
         w_tile = (
             weight + (n % out_features).to(tl.int64)[None, :] * weight_row + k.to(tl.int64)[:, None] * weight_column
         )
+        x_step = tl.cast(BLOCK_K, tl.int64) * x_column
+        w_step = tl.cast(BLOCK_K, tl.int64) * weight_column
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for done in range(0, in_features, BLOCK_K):
             if EVEN:
@@ -183,8 +185,8 @@ def _linear_kernel(
                 left = tl.load(x_tile, mask=(k < in_features - done)[None, :], other=0.0)
                 right = tl.load(w_tile, mask=(k < in_features - done)[:, None], other=0.0)
             sums = product(left, right, sums, MATMUL)
-            x_tile += BLOCK_K * x_column
-            w_tile += BLOCK_K * weight_column
+            x_tile += x_step
+            w_tile += w_step
     else:
         base_line = (line % rows if SHARED else line) * out_features
         sums = tl.load(base + base_line[:, None] + n[None, :], mask=m_in[:, None] & n_in[None, :], other=0.0)
@@ -367,6 +369,10 @@ def _check(x: Tensor, weight: Tensor, members: int, draws: int, activation: str 
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         raise TypeError(
             f"`x` and `weight` must have one dtype of {', '.join(map(str, DTYPES))}, got {x.dtype} and {weight.dtype}"
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"`x` must have the {weight.shape[1]} input features of `weight`, got shape {tuple(x.shape)}"
         )
     if (members or draws) and (draws == 0 or members % draws):
         raise ValueError(f"`signs` must have a multiple of the {draws} draws, got {members} members")

@@ -21,16 +21,21 @@ NEED_NO_KERNEL = {
     "test_interpreted.py",
     "test_launch.py",
 }
+NEED_THE_INTERPRETER = {"test_far_addresses.py", "test_memory_checks.py"}
 NEED_KERNELS = sorted({path.name for path in Path(__file__).parent.glob("test_*.py")} - NEED_NO_KERNEL)
 
 if INTERPRETED:
+    from torch_backend.kernels import memory_checks
     from triton.runtime import interpreter
 
     collect_ignore = sorted(NEED_NO_KERNEL)
     # Half of the interpreter's time goes into whether a sum of integers overflows, and it drops what it finds.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    memory_checks.install()
+    # Has PyTorch fill new memory with what is not a number, which shows where a kernel reads what nobody has written.
+    torch.use_deterministic_algorithms(True, warn_only=True)
 elif torch.cuda.is_available():
-    collect_ignore = ["test_interpreted.py"]
+    collect_ignore = ["test_interpreted.py", *sorted(NEED_THE_INTERPRETER)]
 else:
     collect_ignore = NEED_KERNELS
 

@@ -1,5 +1,6 @@
 """Linear layers of all members against the core's factors, written out in float64."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -270,6 +271,41 @@ def test_the_bits_do_not_depend_on_the_tile(
         assert torch.equal(found[0], other)
 
 
+@pytest.fixture
+def _blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the interpreter, too, whose own are smaller."""
+    monkeypatch.setattr(linear, "INTERPRETED", False)
+    linear._tuned.cache_clear()
+    yield
+    linear._tuned.cache_clear()
+
+
+@pytest.mark.usefixtures("_blocks_of_a_gpu")
+@pytest.mark.parametrize(
+    ("tile", "rng"), [*zip(linear._TILES, itertools.cycle(("threefry", "philox")), strict=False)], ids=str
+)
+def test_every_tile_of_a_gpu(
+    tile: tuple[int, int, int, int], rng: prng.Rng, device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(linear, "_TILES", (tile,))
+    layer = Layer(Size(6, 3, 22, 65, 133), torch.bfloat16, device, rank=3, bias="noisy", rng=rng)
+    assert error(layer.drawn(), layer.expected()) < TOLERANCES[torch.bfloat16]
+
+
+@ways
+@pytest.mark.usefixtures("_blocks_of_a_gpu")
+@pytest.mark.parametrize(
+    ("rank", "rows", "dtype"),
+    [(1, 1, torch.float32), (3, 9, torch.bfloat16), (4, 33, torch.float32), (17, 1, torch.bfloat16)],
+)
+def test_projections_in_the_blocks_of_a_gpu(
+    rank: int, rows: int, dtype: torch.dtype, way: Callable[..., Tensor], device: torch.device
+):
+    """Of inputs that are shared, for which the kernel of the product has one tile alone."""
+    layer = Layer(Size(2, 1, rows, 300, 5), dtype, device, rank=rank, shared=True)
+    assert error(way(layer), layer.expected()) < TOLERANCES[dtype]
+
+
 @pytest.mark.parametrize("rows", [1, 32, 33, 64, 1000, 2**20])
 @pytest.mark.parametrize("out_features", [1, 33, 64, 100, 8192])
 def test_no_tile_is_tried_that_adds_up_otherwise(rows: int, out_features: int):
@@ -372,6 +408,9 @@ def test_what_the_layer_refuses(device: torch.device):
         layer.stored(weight=layer.weight.to(torch.bfloat16))
     with pytest.raises(TypeError, match=r"torch\.float64"):
         layer.stored(weight=layer.weight.double(), x=layer.x.double())
+    for x in (layer.x[..., 1:], F.pad(layer.x, (0, 1))):
+        with pytest.raises(ValueError, match=f"`x` must have the 33 input features of `weight`, .* {x.shape[-1]}"):
+            layer.stored(x=x)
     with pytest.raises(ValueError, match="`signs` must have a multiple of the 3 draws, got 5 members"):
         layer.drawn(signs=layer.signs[:5])
     with pytest.raises(ValueError, match=r"`activation` must be None or one of relu, .*, got 'sine'"):

@@ -53,6 +53,33 @@ def test_shapes_are_known_without_running(name: str, device: torch.device):
     torch.library.opcheck(OPERATIONS[name], arguments(device)[name], test_utils=("test_schema", "test_faketensor"))
 
 
+def among_others(tensor: Tensor) -> Tensor:
+    """Equal, every second element of another tensor along each axis, from the second on."""
+    other = tensor.new_full([2 * size + 1 for size in tensor.shape], -1)
+    found = other[(slice(1, None, 2),) * tensor.ndim]
+    found.copy_(tensor)
+    return found
+
+
+def the_other_way_round(tensor: Tensor) -> Tensor:
+    """Equal, with the strides in the other order."""
+    return tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+
+
+@operations
+@pytest.mark.parametrize("view", [among_others, the_other_way_round])
+def test_any_strides(name: str, view: Callable[[Tensor], Tensor], device: torch.device):
+    given, found = arguments(device)[name], []
+    # A matrix that is summed into is contiguous, see `test_update.py`.
+    first = given[:1] if name.startswith("add_low_rank") else ()
+    for change in (torch.clone, view):
+        changed = [change(argument) if isinstance(argument, Tensor) else argument for argument in given]
+        changed[: len(first)] = [argument.clone() for argument in first]
+        out = OPERATIONS[name](*changed)
+        found.append(changed[0] if out is None else out)
+    assert torch.equal(*found)
+
+
 def test_a_compiler_sees_one_node_each(device: torch.device):
     given = arguments(device)
     graphs = []

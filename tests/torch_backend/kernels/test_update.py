@@ -223,6 +223,18 @@ def test_who_multiplies_is_as_asked_for(dtype: torch.dtype, device: torch.device
         assert bool(launched) == by_kernel
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_tiles_of_a_gpu(large: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """In the interpreter, too, whose own are smaller."""
+    monkeypatch.setattr(update, "INTERPRETED", False)
+    if large:
+        monkeypatch.setattr(update, "_LARGE", 1)
+    for size in ((9, 33, 129, 3), (9, 33, 67, 3)):  # the noise of which is drawn beforehand, and in the loader
+        case = Sum(size, torch.bfloat16, device)
+        assert error(case.stored() - case.start, case.change) < TOLERANCES[torch.bfloat16]
+        assert error(case.drawn(torch.bfloat16) - case.start, case.change) < TOLERANCES[torch.bfloat16]
+
+
 def test_strided_factors(dtype: torch.dtype, device: torch.device):
     case = Sum((4, 9, 11, 3), dtype, device)
     rows = torch.randn(4, 7 + 20 * 3, device=device).to(dtype)
