@@ -164,7 +164,8 @@ class Population:
         """A context in which the model itself is member `index`.
 
         Parameters point to the member's weights and back to their own storage afterwards, whatever happened inside;
-        so do buffers, which the member can write to without the next one seeing it.
+        so do buffers, which the member can write to without the next one seeing it. Attributes of modules that were
+        set to its tensors are what they were.
         """
         with lock(self._model):
             check_is_itself(self._model, "population.member()")

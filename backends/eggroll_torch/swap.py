@@ -33,18 +33,22 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other values for some parameters, and with copies of its frozen parameters and buffers.
+    """The model with other values for some parameters, and with copies of all other tensors that its modules hold.
 
-    The model's own storage is never written to: the body may change all weights and buffers in place.
+    The model's own storage is never written to: the body may change all weights, buffers and attributes in place.
+    Attributes that it sets to tensors are afterwards what they were.
     """
     with restored(model), _marked(model):
+        held = HeldTensors(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.data = parameters[name] if name in parameters else parameter.data.clone()
                 parameter.grad = None
             for buffer in model.buffers():
                 buffer.data = buffer.data.clone()
-        yield
+            attributes = {id(tensor): tensor.detach().clone() for tensor in held.attributes.values()}
+        with held.nothing_of_members_left(alone=True), held.replaced(attributes):
+            yield
 
 
 @contextlib.contextmanager

@@ -478,8 +478,10 @@ def test_no_member_finds_what_another_has_left(keep: Callable[[Any, Tensor], Ten
     for member, output in enumerate(first):
         fresh = copy.deepcopy(model)  # which tensors of a `torch.vmap` would not let happen
         fresh.load_state_dict(population.state_dict(member))
-        with torch.no_grad():
-            assert_close(output, fresh(x), 1e-5)
+        with torch.no_grad(), population.member(member) as itself:
+            expected = fresh(x)
+            assert torch.equal(itself(x), expected)
+        assert_close(output, expected, 1e-5)
 
 
 class Recurrent(nn.Module):
