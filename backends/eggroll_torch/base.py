@@ -362,9 +362,10 @@ class Trainer(torch.optim.Optimizer):
         check_is_itself(self.model, "reset()")
         with uninterrupted():
             with torch.no_grad():
-                for name, parameter in self._trainable.items():
-                    parameter.copy_(self._initial_parameters[name])
-                    parameter.grad = None
+                for name, parameter in self.model.named_parameters():
+                    if name in self._initial_parameters:  # it may have been frozen since
+                        parameter.copy_(self._initial_parameters[name])
+                        parameter.grad = None
             self.optimizer.state.clear()
             for group, options in zip(self.param_groups, self._initial_options, strict=True):
                 group.update(copy.deepcopy(options))

@@ -529,6 +529,16 @@ def test_freezing_and_thawing_between_generations():
         assert not torch.equal(model.state_dict()["2.weight"], before["2.weight"])
 
 
+def test_reset_takes_back_what_was_learned_by_what_is_frozen_now():
+    trainer = make(model=mlp(3, 4, 2), fitness_fn=quadratic)
+    start = copy.deepcopy(dict(trainer.model.state_dict()))
+    trainer.step()
+    trainer.model[0].requires_grad_(False)
+    trainer.step()
+    trainer.reset()
+    assert_identical(dict(trainer.model.state_dict()), start)
+
+
 def test_adding_named_parameters():
     model = mlp(3, 4, 2)
     trainer = make(model=model, params=model[2].named_parameters())
