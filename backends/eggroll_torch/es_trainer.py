@@ -206,6 +206,7 @@ class _FlatWeights:
         self.device = perturbations.device
         self.randomness_key = randomness_key
         self.numbers_in_a_draw = perturbations.shape[1]
+        self.watched: list[str] = []
         self._parameters = parameters
         self.perturbations = perturbations
         self.sigma = sigma

@@ -13,6 +13,7 @@ from .compiling import Compiler, Function
 from .member_mode import MemberMode, copied_each
 from .member_weights import MemberWeights
 from .swap import HeldTensors, seeded
+from .trees import Parts
 from .vectorising import vectorised
 
 __all__ = ["ForwardPass", "Randomness", "seeded_for"]
@@ -66,6 +67,7 @@ class ForwardPass:
         self._counts_writes = not torch.is_inference_mode_enabled()
         self._versions = [tensor._version for tensor in self._inputs] if self._counts_writes else []
         self._outputs = Outputs()
+        self._used: set[str] = set()
         self._index = torch.arange(members.start, members.stop, device=weights.device)
         self._key = weights.randomness_key.to(weights.device, non_blocking=True)
 
@@ -96,11 +98,14 @@ class ForwardPass:
             # A record would hold on to the tensors that it saw in the model: they are handed to it.
             in_arguments = {*mine, *shared, *buffers}
             held = {name: tensor for name, tensor in self._names.items() if name not in in_arguments}
-            function = Function(self._run_all, self._outputs.parts_alone, self._kind, self._model)
+            function = Function(self._run_all, self._left_behind, self._kind, self._model)
             arguments = (self._index, self._key, mine, shared, held, buffers, inputs)
             if self._call.kind is None:
                 self._call.kind = self._kind()
-            returned, self._outputs.parts = self._compiler.run(function, self._call.kind, arguments, weights.policy)
+            policy = weights.policy
+            returned, left_behind = self._compiler.run(function, self._call.kind, arguments, policy)
+            self._outputs.parts, used = left_behind
+            policy.used |= used  # a record does not note it
             return returned
 
     def _run_all(
@@ -135,7 +140,12 @@ class ForwardPass:
         self._outputs.clear()
         place = torch.arange(index.shape[0], device=index.device)
         of_members = [index, place, *mine.values(), *(inputs if per_member else ())]
-        return vectorised(run, of_members, self._randomness)
+        with self._weights.policy.noting() as self._used:
+            return vectorised(run, of_members, self._randomness)
+
+    def _left_behind(self) -> tuple[Parts, frozenset[str]]:
+        """What a run leaves behind: what members returned besides tensors, and the names of what they used."""
+        return self._outputs.parts_alone(), frozenset(self._used)
 
     def _run_member(self, index: Tensor, key: Tensor, bound: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         """The model's outputs for one member, with `bound` in the places of tensors of these names."""

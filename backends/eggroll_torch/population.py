@@ -203,7 +203,7 @@ class Population:
                 with (
                     part.member(index) as model,
                     seeded_for(weights, self._randomness, part.members[index]),
-                    weights.policy.watching(model),
+                    weights.policy.watching(model, weights.watched),
                 ):
                     scores.append(fitness_fn(model))
         return scores
