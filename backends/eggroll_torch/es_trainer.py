@@ -80,6 +80,7 @@ class ESTrainer(Trainer):
         processes = Processes(distributed)
         with processes.together("the constructor"):
             self._sigma = as_positive_float("sigma", sigma)
+            self._policy = Policy()
         super().__init__(
             params,
             model,
@@ -135,7 +136,7 @@ class ESTrainer(Trainer):
             raise ValueError(
                 f"`sample_perturbations` must return a tensor of shape {expected}, got the shape {shape}"
             )
-        return _FlatWeights(self._trainable, perturbations, self._sigma, key)
+        return _FlatWeights(self._trainable, perturbations, self._sigma, key, self._policy)
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
@@ -200,9 +201,14 @@ class _FlatWeights:
     signature: Hashable = None
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], perturbations: Tensor, sigma: float, randomness_key: Tensor
+        self,
+        parameters: dict[str, nn.Parameter],
+        perturbations: Tensor,
+        sigma: float,
+        randomness_key: Tensor,
+        policy: Policy,
     ):
-        self.policy = Policy()
+        self.policy = policy
         self.device = perturbations.device
         self.randomness_key = randomness_key
         self.numbers_in_a_draw = perturbations.shape[1]

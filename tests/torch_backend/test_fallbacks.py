@@ -249,6 +249,15 @@ def test_members_fill_tensors_that_the_model_makes(name: str, options: dict[str,
         trainer.tell(torch.randn(MEMBERS))
 
 
+def test_that_members_run_one_by_one_is_said_once_in_a_run_of_full_rank() -> None:
+    model = Model(looping)
+    trainer = VanillaESTrainer(
+        model.parameters(), model, population_size=MEMBERS, population_fitness_fn=lambda p: p(X).sum((1, 2))
+    )
+    _, said = caught_in(lambda: trainer.train(2, verbose=False))
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
 def test_strict_refuses_what_cannot_be_vectorised(name: str) -> None:
     trainer = make_trainer(
