@@ -32,7 +32,7 @@ from .member_weights import MemberWeights
 from .parameters import base_key_of, fresh_seed, named_trainable
 from .population import Population
 from .processes import Processes, check_same
-from .swap import check_is_itself, uninterrupted
+from .swap import HeldTensors, check_is_itself, uninterrupted
 
 __all__ = ["FitnessFn", "PopulationFitnessFn", "Trainer"]
 
@@ -343,7 +343,9 @@ class Trainer(torch.optim.Optimizer):
         self._check_snapshots("get_best_model")
         if self._best_state is None:
             check_is_itself(self.model, "get_best_model() before any generation")
-        best = copy.deepcopy(self.model)
+        # PyTorch copies no tensors with a history, such as what pruning has computed a weight to.
+        computed = [tensor for tensor in HeldTensors(self.model).attributes.values() if not tensor.is_leaf]
+        best = copy.deepcopy(self.model, {id(tensor): tensor.detach().clone() for tensor in computed})
         if self._best_state is not None:
             with torch.no_grad():
                 for name, parameter in best.named_parameters():

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch_backend.support import (
     assert_close,
     assert_identical,
@@ -346,6 +347,15 @@ def test_the_best_model_of_a_population_call():
     trainer.train(5, verbose=False)
     assert loss_of_member(trainer.get_best_model()).item() == pytest.approx(trainer.best_fitness, rel=1e-5)
     assert trainer.best_fitness > loss_of_member(mlp(3, 4, 2)).item()
+
+
+def test_the_best_model_of_a_pruned_one():
+    """Its weight is computed, and no parameter."""
+    model = mlp(3, 4, 2)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    trainer = make(model=model, population_fitness_fn=loss_of_population)
+    trainer.step()
+    assert loss_of_member(trainer.get_best_model()).item() == pytest.approx(trainer.best_fitness, rel=1e-5)
 
 
 @every_trainer
