@@ -430,7 +430,7 @@ class Trainer(torch.optim.Optimizer):
         """
         return {
             "hyperparameters": self._hyperparameters(),
-            "parameters": {name: list(parameter.shape) for name, parameter in self._trainable.items()},
+            "parameters": _shapes(self._trainable),
             "sigma": self.sigma,
             "key": self._base_key.to(torch.int64).tolist(),
             "generation": self.generation,
@@ -452,8 +452,11 @@ class Trainer(torch.optim.Optimizer):
         if set(state_dict) != (expected := set(self.state_dict())):
             got = sorted(state_dict, key=str)
             raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {got}")
-        for what in ("hyperparameters", "parameters"):
-            saved, ours = state_dict[what], self.state_dict()[what]
+        # Some may have been frozen, or need a gradient again, since the last ask().
+        trainable = named_trainable(self.model, flatten_groups(self.param_groups))
+        here = {"hyperparameters": self._hyperparameters(), "parameters": _shapes(trainable)}
+        for what, ours in here.items():
+            saved = state_dict[what]
             for name in sorted({*saved, *ours}):
                 if saved.get(name, "none") != ours.get(name, "none"):
                     raise ValueError(
@@ -473,6 +476,7 @@ class Trainer(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         self._abandon()
+        self._train(trainable)
         self._base_key = base_key
         self.seed = seed
         self.sigma = sigma
@@ -554,6 +558,10 @@ class Trainer(torch.optim.Optimizer):
                     f"got {sorted(unknown, key=str)}"
                 )
             check_lr(group["lr"])
+
+
+def _shapes(parameters: dict[str, nn.Parameter]) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in parameters.items()}
 
 
 def _as_device(device: Any) -> torch.device:

@@ -539,6 +539,19 @@ def test_freezing_and_thawing_between_generations():
         assert not torch.equal(model.state_dict()["2.weight"], before["2.weight"])
 
 
+def test_a_run_of_which_parts_are_frozen_goes_on_where_the_same_are():
+    trainer, other = (make(model=mlp(3, 4, 2), fitness_fn=quadratic) for _ in range(2))
+    for each in (trainer, other):
+        each.step()
+        each.model[0].requires_grad_(False)
+    trainer.step()
+    other.model.load_state_dict(trainer.model.state_dict())
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for each in (trainer, other):
+        each.step()
+    assert_identical(run_state(other), run_state(trainer))
+
+
 def test_reset_takes_back_what_was_learned_by_what_is_frozen_now():
     trainer = make(model=mlp(3, 4, 2), fitness_fn=quadratic)
     start = copy.deepcopy(dict(trainer.model.state_dict()))
