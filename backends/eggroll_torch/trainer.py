@@ -239,7 +239,7 @@ class EGGROLLTrainer(Trainer):
         return OPTIONS
 
     def _describe(self) -> list[ParameterNoise]:
-        names = {id(parameter): name for name, parameter in self._trainable.items()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         choices = choices_by_name(self._patterns, self.param_groups, names)
         return describe_parameters(self.model, self._trainable, self.config, choices)
 
