@@ -56,8 +56,6 @@ class Trainer(torch.optim.Optimizer):
         generation: generations finished.
         best_fitness: the best fitness of any member so far, ``-inf`` before the first generation.
         fitness_history: the mean fitness of each finished generation.
-        seed: the seed of the run, an int or a key of two words.
-        device: where the parameters are.
     """
 
     def __init__(
@@ -97,8 +95,8 @@ class Trainer(torch.optim.Optimizer):
             self.snapshots = as_bool("snapshots", snapshots)
             check_factory(optimizer)
             processes.share(self._population_size, self._members_per_draw)
-            self.seed = fresh_seed() if seed is None else seed
-            self._base_key = base_key_of(self.seed)
+            self._seed = fresh_seed() if seed is None else seed
+            self._base_key = base_key_of(self._seed)
             self.model = model
             self.fitness_fn = fitness_fn
             self.population_fitness_fn = population_fitness_fn
@@ -118,11 +116,10 @@ class Trainer(torch.optim.Optimizer):
             self.defaults = self.optimizer.defaults
             if device is not None:
                 model.to(_as_device(device))
-            self.device = next(iter(self._trainable.values())).device
         processes.same(seed=None if seed is None else self._base_key.tolist(), **self._hyperparameters())
         seed_of_first, *_ = processes.of_all("the constructor", lambda: self.seed)
         if seed is None:
-            self.seed, self._base_key = seed_of_first, base_key_of(seed_of_first)
+            self._seed, self._base_key = seed_of_first, base_key_of(seed_of_first)
         processes.copy_first_(model)
         with processes.together("the constructor"):
             self._initial_options = [options_of(group) for group in self.param_groups]
@@ -379,6 +376,16 @@ class Trainer(torch.optim.Optimizer):
             self.fitness_history = []
 
     @property
+    def seed(self) -> int | Sequence[int] | Tensor:
+        """The seed of the run, an int or a key of two words."""
+        return self._seed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self._trainable.values())).device
+
+    @property
     def chunk_size(self) -> ChunkSize:
         """Members that are evaluated at a time; None for all."""
         return self._chunking.requested
@@ -478,7 +485,7 @@ class Trainer(torch.optim.Optimizer):
         self._abandon()
         self._train(trainable)
         self._base_key = base_key
-        self.seed = seed
+        self._seed = seed
         self.sigma = sigma
         self.generation = generation
         self.best_fitness = state_dict["best_fitness"]

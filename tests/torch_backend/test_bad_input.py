@@ -584,6 +584,13 @@ def test_an_argument_that_cannot_be_changed_says_so(name: str) -> None:
     trainer.anything_else = 2
 
 
+@pytest.mark.parametrize("name", ["seed", "device", "population_size", "rank", "chunk_size"])
+def test_what_can_be_read_but_not_changed_says_so(name: str) -> None:
+    trainer = make_trainer()
+    with pytest.raises(AttributeError, match=f"'{name}' of 'EGGROLLTrainer' object has no setter"):
+        setattr(trainer, name, 2)
+
+
 def test_a_lazy_parameter_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
     with pytest.raises(
