@@ -131,23 +131,14 @@ class ESTrainer(Trainer):
         with torch.no_grad(), seeded(key, _PERTURBATIONS, self.device):
             perturbations = self.sample_perturbations(self.population_size)
         expected = (self.population_size, sum(p.numel() for p in self._trainable.values()))
-        if not isinstance(perturbations, Tensor) or tuple(perturbations.shape) != expected:
-            shape = tuple(getattr(perturbations, "shape", ()))
-            raise ValueError(
-                f"`sample_perturbations` must return a tensor of shape {expected}, got the shape {shape}"
-            )
+        _check_returned("sample_perturbations", perturbations, expected)
         return _FlatWeights(self._trainable, perturbations, self._sigma, key, self._policy)
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
         with torch.no_grad(), seeded(weights.randomness_key, _UPDATE, self.device), self._with_sigma(weights.sigma):
             update = self.compute_update(weights.perturbations, self._as_fitnesses(fitness))
-        expected = weights.perturbations.shape[1:]
-        if not isinstance(update, Tensor) or update.shape != expected:
-            shape = tuple(getattr(update, "shape", ()))
-            raise ValueError(
-                f"`compute_update` must return a tensor of shape {tuple(expected)}, got the shape {shape}"
-            )
+        _check_returned("compute_update", update, tuple(weights.perturbations.shape[1:]))
         if not torch.isfinite(update).all():
             raise ValueError("`compute_update` must return finite values, got NaN or infinity")
         return weights.unflatten(-update)
@@ -164,6 +155,13 @@ class ESTrainer(Trainer):
     def _as_fitnesses(self, fitness: Tensor) -> Tensor:
         """What `compute_update` is handed, from what `tell` was."""
         return fitness.to(self.device, torch.float32)
+
+
+def _check_returned(method: str, value: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{method}` must return a tensor of shape {shape}, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"`{method}` must return a tensor of shape {shape}, got the shape {tuple(value.shape)}")
 
 
 class VanillaESTrainer(ESTrainer):
