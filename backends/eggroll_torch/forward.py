@@ -93,8 +93,7 @@ class ForwardPass:
         inputs = [tensor.clone() for tensor in self._given] if self._way.fills_tensors else self._inputs
         with seeded_for(weights, self._randomness, members.start):
             if not self._compiler.enabled:
-                with self._held.nothing_of_members_left():
-                    return self._run_all(self._index, self._key, mine, shared, {}, buffers, inputs)
+                return self._run_all(self._index, self._key, mine, shared, {}, buffers, inputs)
             # A record would hold on to the tensors that it saw in the model: they are handed to it.
             in_arguments = {*mine, *shared, *buffers}
             held = {name: tensor for name, tensor in self._names.items() if name not in in_arguments}
@@ -140,7 +139,7 @@ class ForwardPass:
         self._outputs.clear()
         place = torch.arange(index.shape[0], device=index.device)
         of_members = [index, place, *mine.values(), *(inputs if per_member else ())]
-        with self._weights.policy.noting() as self._used:
+        with self._held.nothing_of_members_left(), self._weights.policy.noting() as self._used:
             return vectorised(run, of_members, self._randomness)
 
     def _left_behind(self) -> tuple[Parts, frozenset[str]]:

@@ -461,8 +461,12 @@ def in_a_new_object(m: Any, x: Tensor) -> Tensor:
     return m.state.state
 
 
-@pytest.mark.filterwarnings("ignore:the model cannot be vectorised")
-@pytest.mark.parametrize("alone", [False, True], ids=["at once", "one by one"])
+@pytest.mark.filterwarnings("ignore:the model cannot be vectorised", "ignore:the model's forward pass cannot be")
+@pytest.mark.parametrize(
+    ("alone", "options"),
+    [(False, {}), (True, {}), (False, {"compile": {"backend": "eager"}})],
+    ids=["at once", "one by one", "compiled"],
+)
 @pytest.mark.parametrize(
     "keep",
     [
@@ -470,9 +474,11 @@ def in_a_new_object(m: Any, x: Tensor) -> Tensor:
         *(in_a_dictionary, in_a_deque, in_an_object, in_a_new_object),
     ],
 )
-def test_no_member_finds_what_another_has_left(keep: Callable[[Any, Tensor], Tensor], alone: bool) -> None:
+def test_no_member_finds_what_another_has_left(
+    keep: Callable[[Any, Tensor], Tensor], alone: bool, options: dict[str, Any]
+) -> None:
     model, x = Memory(keep, alone), torch.ones(3, 4)
-    population = make_trainer(model, population_size=MEMBERS, chunk_size=2).ask()
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=2, **options).ask()
     first, second = population(x), population(x)
     assert torch.equal(first, second)
     for member, output in enumerate(first):
