@@ -12,7 +12,7 @@ from .comparing import comparable
 from .compiling import Compiler, Function
 from .member_mode import MemberMode, copied_each
 from .member_weights import MemberWeights
-from .swap import HeldTensors, seeded
+from .swap import HeldTensors, seeded, uninterrupted
 from .trees import Parts
 from .vectorising import vectorised
 
@@ -85,6 +85,7 @@ class ForwardPass:
         self._note_writes_to_inputs()
         return outputs
 
+    @uninterrupted(once=True)  # which PyTorch's transformations and modes do not bear
     def _all_at_once(self) -> list[Tensor]:
         weights, members = self._weights, self._members
         mine, shared = weights.batched(members), weights.shared(members)
@@ -159,24 +160,31 @@ class ForwardPass:
         self._outputs.clear()
         self._weights.prepare(self._members)
         inputs = self._call.inputs(self._first, len(self._members))
-        rows = []
-        for place in range(len(self._members)):
-            with self._held.nothing_of_members_left(alone=True, last=place == len(self._members) - 1):
-                rows.append(self._run_alone(place, inputs, self._copies_for_one(place)))
+        last = len(self._members) - 1
+        rows = [
+            self._run_alone(place, inputs, self._copies_for_one(place), place == last) for place in range(last + 1)
+        ]
         return [stacked(parts) for parts in zip(*rows, strict=True)]
 
     def _buffers_that_one_writes(self) -> frozenset[str]:
         """The names of the buffers, and of tensors in attributes, that the first member writes to, alone."""
         self._outputs.clear()
         copies = self._copies_for_one(0)
-        with self._held.nothing_of_members_left(alone=True, last=False):
-            self._run_alone(0, self._call.inputs(self._first, 1), copies)
+        self._run_alone(0, self._call.inputs(self._first, 1), copies, last=False)
         return frozenset(name for name, copy in copies.items() if self._counts_writes and copy._version)
 
-    def _run_alone(self, place: int, inputs: list[Tensor], buffers: dict[str, Tensor]) -> list[Tensor]:
-        """One member without `vmap`, the one at `place` of `inputs`; it may write to `buffers`."""
+    @uninterrupted(once=True)
+    def _run_alone(self, place: int, inputs: list[Tensor], buffers: dict[str, Tensor], last: bool) -> list[Tensor]:
+        """One member without `vmap`, the one at `place` of `inputs`; it may write to `buffers`.
+
+        Args:
+            last: whether no member comes after it.
+        """
         weights, member, index = self._weights, self._members[place], self._index[place]
-        with seeded_for(weights, self._randomness, member):
+        with (
+            self._held.nothing_of_members_left(alone=True, last=last),
+            seeded_for(weights, self._randomness, member),
+        ):
             own_inputs = [tensor.clone() for tensor in self._call.of_member(inputs, place)]
             # Parameters: the model may take derivatives with respect to them, or have an optimizer change them.
             bound = {name: nn.Parameter(tensor) for name, tensor in weights.materialise(member).items()}

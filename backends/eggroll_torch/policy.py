@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 __all__ = ["METADATA", "MaterialisedWarning", "Policy", "UnsupportedOperationError", "Way"]
@@ -189,6 +189,11 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._names = names
         self._used = used
+
+    def __exit__(self, *error: Any) -> None:
+        # PyTorch takes it away while it answers a function: Ctrl-C may have come there.
+        if self in _get_current_function_mode_stack():
+            super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in METADATA:

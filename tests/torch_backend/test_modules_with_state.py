@@ -409,6 +409,7 @@ class Memory(nn.Module):
         self.state: Any = None
         self.register_buffer("nothing_yet", None)
         self.kept: dict[str, Any] = {"state": None, "all": []}
+        self.in_order: collections.OrderedDict[str, Tensor] = collections.OrderedDict()
         self.queue: collections.deque[Tensor] = collections.deque(maxlen=2)
         self.object = types.SimpleNamespace(state=None)
         self.plain = torch.ones(3, 4)
@@ -441,6 +442,11 @@ def in_a_dictionary(m: Any, x: Tensor) -> Tensor:
     return sum(m.kept["all"])
 
 
+def in_an_ordered_dictionary(m: Any, x: Tensor) -> Tensor:
+    m.in_order["state"] = m.cell(x, m.in_order.get("state"))
+    return m.in_order["state"]
+
+
 def in_a_deque(m: Any, x: Tensor) -> Tensor:
     m.queue.append(m.cell(x))
     return sum(m.queue)
@@ -471,7 +477,7 @@ def in_a_new_object(m: Any, x: Tensor) -> Tensor:
     "keep",
     [
         *(in_an_attribute, in_place_in_an_attribute, in_a_buffer, in_a_new_buffer),
-        *(in_a_dictionary, in_a_deque, in_an_object, in_a_new_object),
+        *(in_a_dictionary, in_an_ordered_dictionary, in_a_deque, in_an_object, in_a_new_object),
     ],
 )
 def test_no_member_finds_what_another_has_left(
