@@ -212,6 +212,8 @@ class HeldTensors:
     def _restore(self, containers: list[tuple[Any, Any]], concerns: Callable[[Any], bool]) -> None:
         for _, table, before in self._attributes:
             _restore_entries(table, _own(table), before, concerns)
+            for name, value in before.items():  # one that was set to a weight has become a parameter
+                table.setdefault(name, value)
         for container, before in containers:
             if isinstance(container, dict):
                 _restore_entries(container, container, before, concerns)

@@ -407,6 +407,7 @@ class Memory(nn.Module):
         torch.manual_seed(0)
         self.cell = nn.GRUCell(4, 4)
         self.state: Any = None
+        self.scaled: Any = None
         self.register_buffer("nothing_yet", None)
         self.kept: dict[str, Any] = {"state": None, "all": []}
         self.in_order: collections.OrderedDict[str, Tensor] = collections.OrderedDict()
@@ -423,6 +424,11 @@ class Memory(nn.Module):
 def in_an_attribute(m: Any, x: Tensor) -> Tensor:
     m.state = m.cell(x, m.state)
     return m.state
+
+
+def as_a_weight(m: Any, x: Tensor) -> Tensor:
+    m.scaled = m.cell.weight_hh[:4] * 2
+    return m.cell(x @ m.scaled)
 
 
 def in_a_buffer(m: Any, x: Tensor) -> Tensor:
@@ -476,7 +482,7 @@ def in_a_new_object(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "keep",
     [
-        *(in_an_attribute, in_place_in_an_attribute, in_a_buffer, in_a_new_buffer),
+        *(in_an_attribute, in_place_in_an_attribute, as_a_weight, in_a_buffer, in_a_new_buffer),
         *(in_a_dictionary, in_an_ordered_dictionary, in_a_deque, in_an_object, in_a_new_object),
     ],
 )
@@ -487,6 +493,7 @@ def test_no_member_finds_what_another_has_left(
     population = make_trainer(model, population_size=MEMBERS, chunk_size=2, **options).ask()
     first, second = population(x), population(x)
     assert torch.equal(first, second)
+    assert model.scaled is None
     for member, output in enumerate(first):
         fresh = copy.deepcopy(model)  # which tensors of a `torch.vmap` would not let happen
         fresh.load_state_dict(population.state_dict(member))
