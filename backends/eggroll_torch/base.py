@@ -32,7 +32,7 @@ from .member_weights import MemberWeights
 from .parameters import base_key_of, fresh_seed, named_trainable
 from .population import Population
 from .processes import Processes, check_same
-from .swap import check_is_itself, uninterrupted
+from .swap import HeldTensors, check_is_itself, uninterrupted
 
 __all__ = ["FitnessFn", "PopulationFitnessFn", "Trainer"]
 
@@ -56,8 +56,6 @@ class Trainer(torch.optim.Optimizer):
         generation: generations finished.
         best_fitness: the best fitness of any member so far, ``-inf`` before the first generation.
         fitness_history: the mean fitness of each finished generation.
-        seed: the seed of the run, an int or a key of two words.
-        device: where the parameters are.
     """
 
     def __init__(
@@ -97,8 +95,8 @@ class Trainer(torch.optim.Optimizer):
             self.snapshots = as_bool("snapshots", snapshots)
             check_factory(optimizer)
             processes.share(self._population_size, self._members_per_draw)
-            self.seed = fresh_seed() if seed is None else seed
-            self._base_key = base_key_of(self.seed)
+            self._seed = fresh_seed() if seed is None else seed
+            self._base_key = base_key_of(self._seed)
             self.model = model
             self.fitness_fn = fitness_fn
             self.population_fitness_fn = population_fitness_fn
@@ -118,11 +116,10 @@ class Trainer(torch.optim.Optimizer):
             self.defaults = self.optimizer.defaults
             if device is not None:
                 model.to(_as_device(device))
-            self.device = next(iter(self._trainable.values())).device
         processes.same(seed=None if seed is None else self._base_key.tolist(), **self._hyperparameters())
         seed_of_first, *_ = processes.of_all("the constructor", lambda: self.seed)
         if seed is None:
-            self.seed, self._base_key = seed_of_first, base_key_of(seed_of_first)
+            self._seed, self._base_key = seed_of_first, base_key_of(seed_of_first)
         processes.copy_first_(model)
         with processes.together("the constructor"):
             self._initial_options = [options_of(group) for group in self.param_groups]
@@ -343,7 +340,9 @@ class Trainer(torch.optim.Optimizer):
         self._check_snapshots("get_best_model")
         if self._best_state is None:
             check_is_itself(self.model, "get_best_model() before any generation")
-        best = copy.deepcopy(self.model)
+        # PyTorch copies no tensors with a history, such as what pruning has computed a weight to.
+        computed = [tensor for tensor in HeldTensors(self.model).attributes.values() if not tensor.is_leaf]
+        best = copy.deepcopy(self.model, {id(tensor): tensor.detach().clone() for tensor in computed})
         if self._best_state is not None:
             with torch.no_grad():
                 for name, parameter in best.named_parameters():
@@ -362,9 +361,10 @@ class Trainer(torch.optim.Optimizer):
         check_is_itself(self.model, "reset()")
         with uninterrupted():
             with torch.no_grad():
-                for name, parameter in self._trainable.items():
-                    parameter.copy_(self._initial_parameters[name])
-                    parameter.grad = None
+                for name, parameter in self.model.named_parameters():
+                    if name in self._initial_parameters:  # it may have been frozen since
+                        parameter.copy_(self._initial_parameters[name])
+                        parameter.grad = None
             self.optimizer.state.clear()
             for group, options in zip(self.param_groups, self._initial_options, strict=True):
                 group.update(copy.deepcopy(options))
@@ -374,6 +374,16 @@ class Trainer(torch.optim.Optimizer):
             self.generation = 0
             self.best_fitness = -math.inf
             self.fitness_history = []
+
+    @property
+    def seed(self) -> int | Sequence[int] | Tensor:
+        """The seed of the run, an int or a key of two words."""
+        return self._seed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self._trainable.values())).device
 
     @property
     def chunk_size(self) -> ChunkSize:
@@ -427,7 +437,7 @@ class Trainer(torch.optim.Optimizer):
         """
         return {
             "hyperparameters": self._hyperparameters(),
-            "parameters": {name: list(parameter.shape) for name, parameter in self._trainable.items()},
+            "parameters": _shapes(self._trainable),
             "sigma": self.sigma,
             "key": self._base_key.to(torch.int64).tolist(),
             "generation": self.generation,
@@ -449,8 +459,11 @@ class Trainer(torch.optim.Optimizer):
         if set(state_dict) != (expected := set(self.state_dict())):
             got = sorted(state_dict, key=str)
             raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {got}")
-        for what in ("hyperparameters", "parameters"):
-            saved, ours = state_dict[what], self.state_dict()[what]
+        # Some may have been frozen, or need a gradient again, since the last ask().
+        trainable = named_trainable(self.model, flatten_groups(self.param_groups))
+        here = {"hyperparameters": self._hyperparameters(), "parameters": _shapes(trainable)}
+        for what, ours in here.items():
+            saved = state_dict[what]
             for name in sorted({*saved, *ours}):
                 if saved.get(name, "none") != ours.get(name, "none"):
                     raise ValueError(
@@ -470,8 +483,9 @@ class Trainer(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         self._abandon()
+        self._train(trainable)
         self._base_key = base_key
-        self.seed = seed
+        self._seed = seed
         self.sigma = sigma
         self.generation = generation
         self.best_fitness = state_dict["best_fitness"]
@@ -551,6 +565,10 @@ class Trainer(torch.optim.Optimizer):
                     f"got {sorted(unknown, key=str)}"
                 )
             check_lr(group["lr"])
+
+
+def _shapes(parameters: dict[str, nn.Parameter]) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in parameters.items()}
 
 
 def _as_device(device: Any) -> torch.device:

@@ -43,12 +43,12 @@ class Choice:
 def choices_by_name(
     noise: Mapping[str, Any] | None, param_groups: Iterable[Mapping[str, Any]], names: Mapping[int, str]
 ) -> dict[str, Choice]:
-    """The choice for every trained parameter: the first pattern of `noise` that fits, completed by its group's.
+    """The choice for every parameter of the groups: the first pattern of `noise` that fits, completed by its group's.
 
     Args:
         noise: by name pattern (as in `fnmatch`), a kind or a mapping of `OPTIONS`.
         param_groups: the trainer's.
-        names: of the trained parameters, by `id`.
+        names: of the model's parameters, by `id`.
 
     Raises:
         TypeError, ValueError: an unknown option or kind, a value that breaks its rule, a pattern that is no string or
@@ -58,10 +58,7 @@ def choices_by_name(
         if not isinstance(pattern, str):
             raise TypeError(f"`noise` must have name patterns, which are strings, as keys, got {pattern!r}")
     patterns = {pattern: _choice(f"noise[{pattern!r}]", value) for pattern, value in (noise or {}).items()}
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names.values()):
-            raise ValueError(f"`noise` has the pattern {pattern!r}, which fits no trained parameter")
-    chosen = {}
+    chosen: dict[str, Choice] = {}
     for group in param_groups:
         of_group = _choice("params", {option: group[option] for option in OPTIONS if group.get(option) is not None})
         for parameter in _parameters(group["params"]):
@@ -69,6 +66,9 @@ def choices_by_name(
             if name is not None:
                 fitting = (choice for pattern, choice in patterns.items() if fnmatch.fnmatchcase(name, pattern))
                 chosen[name] = next(fitting, Choice()).over(of_group)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in chosen):
+            raise ValueError(f"`noise` has the pattern {pattern!r}, which fits no parameter in `params`")
     return chosen
 
 

@@ -80,6 +80,7 @@ class ESTrainer(Trainer):
         processes = Processes(distributed)
         with processes.together("the constructor"):
             self._sigma = as_positive_float("sigma", sigma)
+            self._policy = Policy()
         super().__init__(
             params,
             model,
@@ -130,23 +131,14 @@ class ESTrainer(Trainer):
         with torch.no_grad(), seeded(key, _PERTURBATIONS, self.device):
             perturbations = self.sample_perturbations(self.population_size)
         expected = (self.population_size, sum(p.numel() for p in self._trainable.values()))
-        if not isinstance(perturbations, Tensor) or tuple(perturbations.shape) != expected:
-            shape = tuple(getattr(perturbations, "shape", ()))
-            raise ValueError(
-                f"`sample_perturbations` must return a tensor of shape {expected}, got the shape {shape}"
-            )
-        return _FlatWeights(self._trainable, perturbations, self._sigma, key)
+        _check_returned("sample_perturbations", perturbations, expected)
+        return _FlatWeights(self._trainable, perturbations, self._sigma, key, self._policy)
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
         with torch.no_grad(), seeded(weights.randomness_key, _UPDATE, self.device), self._with_sigma(weights.sigma):
             update = self.compute_update(weights.perturbations, self._as_fitnesses(fitness))
-        expected = weights.perturbations.shape[1:]
-        if not isinstance(update, Tensor) or update.shape != expected:
-            shape = tuple(getattr(update, "shape", ()))
-            raise ValueError(
-                f"`compute_update` must return a tensor of shape {tuple(expected)}, got the shape {shape}"
-            )
+        _check_returned("compute_update", update, tuple(weights.perturbations.shape[1:]))
         if not torch.isfinite(update).all():
             raise ValueError("`compute_update` must return finite values, got NaN or infinity")
         return weights.unflatten(-update)
@@ -163,6 +155,13 @@ class ESTrainer(Trainer):
     def _as_fitnesses(self, fitness: Tensor) -> Tensor:
         """What `compute_update` is handed, from what `tell` was."""
         return fitness.to(self.device, torch.float32)
+
+
+def _check_returned(method: str, value: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{method}` must return a tensor of shape {shape}, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"`{method}` must return a tensor of shape {shape}, got the shape {tuple(value.shape)}")
 
 
 class VanillaESTrainer(ESTrainer):
@@ -200,12 +199,18 @@ class _FlatWeights:
     signature: Hashable = None
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], perturbations: Tensor, sigma: float, randomness_key: Tensor
+        self,
+        parameters: dict[str, nn.Parameter],
+        perturbations: Tensor,
+        sigma: float,
+        randomness_key: Tensor,
+        policy: Policy,
     ):
-        self.policy = Policy()
+        self.policy = policy
         self.device = perturbations.device
         self.randomness_key = randomness_key
         self.numbers_in_a_draw = perturbations.shape[1]
+        self.watched: list[str] = []
         self._parameters = parameters
         self.perturbations = perturbations
         self.sigma = sigma

@@ -12,7 +12,8 @@ from .comparing import comparable
 from .compiling import Compiler, Function
 from .member_mode import MemberMode, copied_each
 from .member_weights import MemberWeights
-from .swap import HeldTensors, seeded
+from .swap import HeldTensors, seeded, uninterrupted
+from .trees import Parts
 from .vectorising import vectorised
 
 __all__ = ["ForwardPass", "Randomness", "seeded_for"]
@@ -66,6 +67,7 @@ class ForwardPass:
         self._counts_writes = not torch.is_inference_mode_enabled()
         self._versions = [tensor._version for tensor in self._inputs] if self._counts_writes else []
         self._outputs = Outputs()
+        self._used: set[str] = set()
         self._index = torch.arange(members.start, members.stop, device=weights.device)
         self._key = weights.randomness_key.to(weights.device, non_blocking=True)
 
@@ -83,6 +85,7 @@ class ForwardPass:
         self._note_writes_to_inputs()
         return outputs
 
+    @uninterrupted(once=True)  # which PyTorch's transformations and modes do not bear
     def _all_at_once(self) -> list[Tensor]:
         weights, members = self._weights, self._members
         mine, shared = weights.batched(members), weights.shared(members)
@@ -91,16 +94,18 @@ class ForwardPass:
         inputs = [tensor.clone() for tensor in self._given] if self._way.fills_tensors else self._inputs
         with seeded_for(weights, self._randomness, members.start):
             if not self._compiler.enabled:
-                with self._held.nothing_of_members_left():
-                    return self._run_all(self._index, self._key, mine, shared, {}, buffers, inputs)
+                return self._run_all(self._index, self._key, mine, shared, {}, buffers, inputs)
             # A record would hold on to the tensors that it saw in the model: they are handed to it.
             in_arguments = {*mine, *shared, *buffers}
             held = {name: tensor for name, tensor in self._names.items() if name not in in_arguments}
-            function = Function(self._run_all, self._outputs.parts_alone, self._kind, self._model)
+            function = Function(self._run_all, self._left_behind, self._kind, self._model)
             arguments = (self._index, self._key, mine, shared, held, buffers, inputs)
             if self._call.kind is None:
                 self._call.kind = self._kind()
-            returned, self._outputs.parts = self._compiler.run(function, self._call.kind, arguments, weights.policy)
+            policy = weights.policy
+            returned, left_behind = self._compiler.run(function, self._call.kind, arguments, policy)
+            self._outputs.parts, used = left_behind
+            policy.used |= used  # a record does not note it
             return returned
 
     def _run_all(
@@ -135,7 +140,12 @@ class ForwardPass:
         self._outputs.clear()
         place = torch.arange(index.shape[0], device=index.device)
         of_members = [index, place, *mine.values(), *(inputs if per_member else ())]
-        return vectorised(run, of_members, self._randomness)
+        with self._held.nothing_of_members_left(), self._weights.policy.noting() as self._used:
+            return vectorised(run, of_members, self._randomness)
+
+    def _left_behind(self) -> tuple[Parts, frozenset[str]]:
+        """What a run leaves behind: what members returned besides tensors, and the names of what they used."""
+        return self._outputs.parts_alone(), frozenset(self._used)
 
     def _run_member(self, index: Tensor, key: Tensor, bound: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         """The model's outputs for one member, with `bound` in the places of tensors of these names."""
@@ -150,24 +160,31 @@ class ForwardPass:
         self._outputs.clear()
         self._weights.prepare(self._members)
         inputs = self._call.inputs(self._first, len(self._members))
-        rows = []
-        for place in range(len(self._members)):
-            with self._held.nothing_of_members_left(alone=True, last=place == len(self._members) - 1):
-                rows.append(self._run_alone(place, inputs, self._copies_for_one(place)))
+        last = len(self._members) - 1
+        rows = [
+            self._run_alone(place, inputs, self._copies_for_one(place), place == last) for place in range(last + 1)
+        ]
         return [stacked(parts) for parts in zip(*rows, strict=True)]
 
     def _buffers_that_one_writes(self) -> frozenset[str]:
         """The names of the buffers, and of tensors in attributes, that the first member writes to, alone."""
         self._outputs.clear()
         copies = self._copies_for_one(0)
-        with self._held.nothing_of_members_left(alone=True, last=False):
-            self._run_alone(0, self._call.inputs(self._first, 1), copies)
+        self._run_alone(0, self._call.inputs(self._first, 1), copies, last=False)
         return frozenset(name for name, copy in copies.items() if self._counts_writes and copy._version)
 
-    def _run_alone(self, place: int, inputs: list[Tensor], buffers: dict[str, Tensor]) -> list[Tensor]:
-        """One member without `vmap`, the one at `place` of `inputs`; it may write to `buffers`."""
+    @uninterrupted(once=True)
+    def _run_alone(self, place: int, inputs: list[Tensor], buffers: dict[str, Tensor], last: bool) -> list[Tensor]:
+        """One member without `vmap`, the one at `place` of `inputs`; it may write to `buffers`.
+
+        Args:
+            last: whether no member comes after it.
+        """
         weights, member, index = self._weights, self._members[place], self._index[place]
-        with seeded_for(weights, self._randomness, member):
+        with (
+            self._held.nothing_of_members_left(alone=True, last=last),
+            seeded_for(weights, self._randomness, member),
+        ):
             own_inputs = [tensor.clone() for tensor in self._call.of_member(inputs, place)]
             # Parameters: the model may take derivatives with respect to them, or have an optimizer change them.
             bound = {name: nn.Parameter(tensor) for name, tensor in weights.materialise(member).items()}

@@ -21,7 +21,9 @@ class MemberWeights(Protocol):
     randomness_key: Tensor
     """int32, shape ``(2,)``, on the CPU: the key of what is random apart from the noise, such as dropout."""
     policy: Policy
-    """What to do where the model cannot be vectorised as it is."""
+    """What to do where the model cannot be vectorised as it is, and what was seen in the generation."""
+    watched: list[str]
+    """Names of the parameters of which it counts whether members use them."""
     numbers_in_a_draw: int
     """Numbers drawn for a member, or for a pair."""
 

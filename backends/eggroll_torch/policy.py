@@ -4,12 +4,12 @@ import contextlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 __all__ = ["METADATA", "MaterialisedWarning", "Policy", "UnsupportedOperationError", "Way"]
@@ -68,32 +68,49 @@ class Policy:
     Attributes:
         strict: raise instead of materialising or running members one by one.
         warned: what was warned about.
-        used: names of the parameters that took part in a computation.
-        forward_passes: how many were seen whose use of parameters could be followed.
         ways: by kind of call.
+        used: names of the parameters that took part in a computation of the generation.
+        forward_passes: how many of the generation were seen whose use of parameters could be followed.
     """
 
     strict: bool = False
     warned: set[str] = field(default_factory=set)
+    ways: defaultdict[Hashable, Way] = field(default_factory=lambda: defaultdict(Way))
     used: set[str] = field(default_factory=set)
     forward_passes: int = 0
-    ways: defaultdict[Hashable, Way] = field(default_factory=lambda: defaultdict(Way))
+
+    def of_generation(self) -> "Policy":
+        """The same for another generation, of which nothing was seen yet."""
+        return replace(self, used=set(), forward_passes=0)
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The parameters that took no part in any forward pass so far; none where no pass could be followed."""
         return [name for name in names if name not in self.used] if self.forward_passes else []
 
     @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Notes which parameters of the model itself are used inside, the first time that some are.
+    def noting(self) -> Iterator[set[str]]:
+        """A context with a set, which afterwards holds the names of the parameters that were used inside."""
+        before, found = frozenset(self.used), set[str]()
+        self.used.clear()
+        try:
+            yield found
+        finally:
+            found |= self.used
+            self.used |= before
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+        """Notes which parameters of the model itself are used inside, of those that none of the members before used.
 
         Nothing is concluded for modules that are `_opaque`, nor where no parameter is used at all, as by a score that
         is computed elsewhere.
         """
-        if self.forward_passes or _opaque(model):
+        missing = {*names} - self.used
+        if not missing or _opaque(model):
             yield
             return
-        with _Watch({id(parameter): name for name, parameter in model.named_parameters()}, self.used):
+        watched = {id(parameter): name for name, parameter in model.named_parameters() if name in missing}
+        with _Watch(watched, self.used):
             yield
         self.forward_passes += bool(self.used)
 
@@ -172,6 +189,11 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._names = names
         self._used = used
+
+    def __exit__(self, *error: Any) -> None:
+        # PyTorch takes it away while it answers a function: Ctrl-C may have come there.
+        if self in _get_current_function_mode_stack():
+            super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in METADATA:

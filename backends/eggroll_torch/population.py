@@ -16,7 +16,7 @@ from .compiling import Compiler, left_as_it_is
 from .forward import ForwardPass, Randomness, seeded_for
 from .lora import adapter
 from .member_weights import MemberWeights
-from .swap import check_is_itself, swapped
+from .swap import check_is_itself, swapped, uninterrupted
 from .threads import alone, lock
 
 __all__ = ["Population"]
@@ -164,7 +164,8 @@ class Population:
         """A context in which the model itself is member `index`.
 
         Parameters point to the member's weights and back to their own storage afterwards, whatever happened inside;
-        so do buffers, which the member can write to without the next one seeing it.
+        so do buffers, which the member can write to without the next one seeing it. Attributes of modules that were
+        set to its tensors are what they were.
         """
         with lock(self._model):
             check_is_itself(self._model, "population.member()")
@@ -196,15 +197,16 @@ class Population:
         scores = []
         weights = self.weights
         size = self._chunking.noise(len(self), weights.members_per_draw, weights.numbers_in_a_draw)
-        for part in self.chunks(size):
-            weights.prepare(part.members)
-            for index in range(len(part)):
-                with (
-                    part.member(index) as model,
-                    seeded_for(weights, self._randomness, part.members[index]),
-                    weights.policy.watching(model),
-                ):
-                    scores.append(fitness_fn(model))
+        with uninterrupted() as hold:  # but for the caller's code: PyTorch, too, is in another state for each member
+            for part in self.chunks(size):
+                weights.prepare(part.members)
+                for index in range(len(part)):
+                    with (
+                        part.member(index) as model,
+                        seeded_for(weights, self._randomness, part.members[index]),
+                        weights.policy.watching(model, weights.watched),
+                    ):
+                        scores.append(hold.released(fitness_fn, model))
         return scores
 
     def _materialised(self, index: int) -> dict[str, Tensor]:

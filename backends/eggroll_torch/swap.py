@@ -19,7 +19,6 @@ __all__ = [
     "HeldTensors",
     "attributes_restored",
     "check_is_itself",
-    "restored",
     "seeded",
     "swapped",
     "uninterrupted",
@@ -33,27 +32,22 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other values for some parameters, and with copies of its frozen parameters and buffers.
+    """The model with other values for some parameters, and with copies of all other tensors that its modules hold.
 
-    The model's own storage is never written to: the body may change all weights and buffers in place.
+    The model's own storage is never written to: the body may change all weights, buffers and attributes in place.
+    Attributes that it sets to tensors are afterwards what they were.
     """
-    with restored(model), _marked(model):
+    held = HeldTensors(model)
+    with _restored(model), held.nothing_of_members_left(alone=True):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.data = parameters[name] if name in parameters else parameter.data.clone()
                 parameter.grad = None
             for buffer in model.buffers():
                 buffer.data = buffer.data.clone()
-        yield
-
-
-@contextlib.contextmanager
-def _marked(model: nn.Module) -> Iterator[None]:
-    _SWAPPED.add(id(model))
-    try:
-        yield
-    finally:
-        _SWAPPED.discard(id(model))
+            attributes = {id(tensor): tensor.detach().clone() for tensor in held.attributes.values()}
+        with held.replaced(attributes):
+            yield
 
 
 def check_is_itself(model: nn.Module, what: str) -> None:
@@ -70,10 +64,10 @@ def check_is_itself(model: nn.Module, what: str) -> None:
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module) -> Iterator[None]:
     """On the way out every parameter and buffer is in its place again and points to its own storage and gradient.
 
-    Also when the body raises, is interrupted, or put other tensors in their place.
+    Also when the body raises, is interrupted, or put other tensors in their place. Inside, the model is a member.
     """
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table)) for module in _unscripted(model) for table in (module._parameters, module._buffers)
@@ -91,17 +85,13 @@ def restored(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         for buffer, storage in buffers:
             buffer.data = storage
+        _SWAPPED.discard(id(model))
 
     try:
+        _SWAPPED.add(id(model))
         yield
     finally:
-        try:
-            with uninterrupted():
-                restore()
-        except BaseException:
-            # An interrupt may have come before it was held back; restoring twice does no harm.
-            restore()
-            raise
+        _surely(restore)
 
 
 def _unscripted(model: nn.Module) -> Iterator[nn.Module]:
@@ -167,13 +157,17 @@ class HeldTensors:
         Not `torch.func.functional_call`, which leaves its tensors in a module that has two names.
         """
         undo = [place for place in self._places if id(place[2]) in others]
+
+        def restore() -> None:
+            for table, name, value in (*self._lists, *undo):
+                table[name] = value
+
         try:
             for table, name, value in undo:
                 table[name] = others[id(value)]
             yield
         finally:
-            for table, name, value in (*self._lists, *undo):
-                table[name] = value
+            _surely(restore)
 
     @contextlib.contextmanager
     def nothing_of_members_left(self, alone: bool = False, last: bool = True) -> Iterator[None]:
@@ -188,12 +182,13 @@ class HeldTensors:
             last: no member comes after it; otherwise changes of other values, such as of a count, are undone, too.
         """
         containers = self._containers()
+        concerns: Callable[[Any], bool] = lambda value: True  # noqa: E731
         try:
             yield
-        except BaseException:
-            self._restore(containers, lambda value: True)
-            raise
-        self._restore(containers, (_holds_tensors if alone else _holds_members) if last else lambda value: True)
+            if last:
+                concerns = _holds_tensors if alone else _holds_members
+        finally:
+            _surely(lambda: self._restore(containers, concerns))
 
     def _containers(self) -> list[tuple[Any, Any]]:
         """What is in attributes, and in what is in them, that can be changed in place, each with a copy."""
@@ -210,13 +205,15 @@ class HeldTensors:
             remember(module._buffers)
             for value in own.values():
                 if type(value) not in _PLAIN:
-                    is_object = not isinstance(value, OPAQUE) and hasattr(value, "__dict__")
+                    is_object = not isinstance(value, (*OPAQUE, *_CONTAINERS)) and hasattr(value, "__dict__")
                     remember(vars(value) if is_object else value)
         return list(found.values())
 
     def _restore(self, containers: list[tuple[Any, Any]], concerns: Callable[[Any], bool]) -> None:
         for _, table, before in self._attributes:
             _restore_entries(table, _own(table), before, concerns)
+            for name, value in before.items():  # one that was set to a weight has become a parameter
+                table.setdefault(name, value)
         for container, before in containers:
             if isinstance(container, dict):
                 _restore_entries(container, container, before, concerns)
@@ -280,20 +277,64 @@ def _holds_members(value: Any) -> bool:
     )
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the body is done: what must happen whole happens whole."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    pending: list[Any] = []
-    previous = signal.signal(signal.SIGINT, lambda *signal_and_frame: pending.append(signal_and_frame))
+def _surely(restore: Callable[[], None]) -> None:
+    """Calls what puts things back, however often, which is done whole also where Ctrl-C comes now."""
     try:
-        yield
+        with uninterrupted():
+            restore()
+    except BaseException:
+        restore()  # the interrupt may have come before it was held back
+        raise
+
+
+class _Hold:
+    """Ctrl-C held back, in the main thread."""
+
+    def __init__(self, once: bool):
+        self._once = once
+        self._came = False
+        self._active = threading.current_thread() is threading.main_thread()
+        self._active = self._active and signal.getsignal(signal.SIGINT) is not None
+        self._before: Any = None
+
+    def begin(self) -> None:
+        if self._active:
+            self._before = signal.signal(signal.SIGINT, self._note)
+
+    def end(self) -> None:
+        if self._active:
+            signal.signal(signal.SIGINT, self._before)
+            if self._came:
+                self._came = False
+                signal.raise_signal(signal.SIGINT)
+
+    def released(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function returns that Ctrl-C may interrupt, also one that has come before."""
+        try:
+            self.end()
+            return function(*args)
+        finally:
+            self.begin()
+
+    def _note(self, *signal_and_frame: Any) -> None:
+        if self._came and self._once and callable(self._before):
+            self._before(*signal_and_frame)
+        self._came = True
+
+
+@contextlib.contextmanager
+def uninterrupted(once: bool = False) -> Iterator[_Hold]:
+    """Holds Ctrl-C back until the body is done: what must happen whole happens whole.
+
+    Args:
+        once: whether a second one, of somebody who does not want to wait, comes through.
+    """
+    hold = _Hold(once)
+    hold.begin()
+    try:
+        yield hold
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if pending:
-            signal.raise_signal(signal.SIGINT)
+        hold.end()
 
 
 @contextlib.contextmanager

@@ -98,8 +98,8 @@ class EGGROLLTrainer(Trainer):
             ``"low_rank"``, ``"dense"``, ``"frozen"``, or a mapping with any of ``noise`` (one of these), ``rank`` and
             ``sigma``: ``{"head.*": "dense", "*.weight": {"rank": 4, "sigma": 0.02}}``. Parameter groups take the same
             options. By default matrices, convolutions, embeddings and stacks of matrices are low rank, others dense.
-        unused: ``"raise"`` an error that names the parameters that took no part in the forward pass, before anything
-            is updated, or ``"ignore"`` them: they stay as they are.
+        unused: ``"raise"`` an error that names the parameters that no member used in a generation, before anything is
+            updated, or ``"ignore"`` them: they stay as they are.
         strict: whether it is an error if an operation has no low-rank rule or the model cannot be vectorised. By
             default the weight of each member of a chunk is then formed, or members run one by one, with a warning.
 
@@ -239,7 +239,7 @@ class EGGROLLTrainer(Trainer):
         return OPTIONS
 
     def _describe(self) -> list[ParameterNoise]:
-        names = {id(parameter): name for name, parameter in self._trainable.items()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         choices = choices_by_name(self._patterns, self.param_groups, names)
         return describe_parameters(self.model, self._trainable, self.config, choices)
 
@@ -255,14 +255,14 @@ class EGGROLLTrainer(Trainer):
         if self._source is None or self._source[0] != now:
             self._source = now, NoiseSource(self._describe(), self._keys, self.generation, self.config)
         source = self._source[1].in_generation(self.generation)
-        return EggrollWeights(source, self._policy, self._randomness_key())
+        return EggrollWeights(source, self._policy.of_generation(), self._randomness_key())
 
     def _update(self, weights: MemberWeights, fitness: Tensor) -> Callable[[], None]:
         if not self.fused:
             return super()._update(weights, fitness)
         assert isinstance(weights, EggrollWeights)
         steps = plain_sgd_steps(self.optimizer)
-        unused = self._unused(weights.source)
+        unused = self._unused(weights)
         of_names = {name: steps[p] for name, p in self._trainable.items() if name not in unused}
         how = shaped_weights(fitness, weights.source.config), self._chunks(weights.source), of_names
         return functools.partial(self._descend_in_place, weights.source, *how)
@@ -281,14 +281,13 @@ class EGGROLLTrainer(Trainer):
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, EggrollWeights)
-        source = weights.source
-        unused = self._unused(source)
+        source, unused = weights.source, self._unused(weights)
         found = update.direction(source, shaped_weights(fitness, source.config), self._chunks(source))
         return {name: direction for name, direction in found.items() if name not in unused}
 
-    def _unused(self, source: NoiseSource) -> list[str]:
-        """The parameters to leave as they are because they took no part in the forward pass."""
-        unused = self._policy.unused(parameter.name for parameter in source.parameters)
+    def _unused(self, weights: MemberWeights) -> list[str]:
+        """The parameters to leave as they are because they took no part in the forward passes of the generation."""
+        unused = weights.policy.unused(weights.watched)
         if unused and self.unused == "raise":
             raise ValueError(
                 f"`params` must take part in the forward pass, but {', '.join(map(repr, unused))} did not: "
@@ -322,9 +321,7 @@ class EGGROLLTrainer(Trainer):
         return self.config.members_per_draw
 
     def _settings(self) -> dict[str, Any]:
-        assert self._population is not None
-        weights = self._population.weights
-        assert isinstance(weights, EggrollWeights)
+        weights = self._open_weights
         return {
             **super()._settings(),
             "unused": self.unused,
@@ -332,13 +329,23 @@ class EGGROLLTrainer(Trainer):
             "noise": [(p.name, p.kind, p.rank, p.sigma, str(p.parameter.dtype)) for p in weights.source.parameters],
         }
 
+    @property
+    def _open_weights(self) -> EggrollWeights:
+        """Those of the open generation."""
+        assert self._population is not None
+        weights = self._population.weights
+        assert isinstance(weights, EggrollWeights)
+        return weights
+
     def _observed(self) -> tuple[set[str], int]:
-        return self._policy.used, self._policy.forward_passes
+        policy = self._open_weights.policy
+        return policy.used, policy.forward_passes
 
     def _learn(self, observed: list[Any]) -> None:
+        policy = self._open_weights.policy
         for used, forward_passes in observed:
-            self._policy.used |= used
-            self._policy.forward_passes = max(self._policy.forward_passes, forward_passes)
+            policy.used |= used
+            policy.forward_passes = max(policy.forward_passes, forward_passes)
 
     def _hyperparameters(self) -> dict[str, Any]:
         values = {**super()._hyperparameters(), **asdict(self.config)}

@@ -53,6 +53,7 @@ class EggrollWeights:
         self.randomness_key = randomness_key
         self.members_per_draw = source.members_per_draw
         self.numbers_in_a_draw = source.numbers_in_a_draw
+        self.watched = [parameter.name for parameter in source.parameters]
         # Parameters of which each member has a copy, and those that carry the noise of all along, as factors or keys.
         self._formed = [p for p in source.parameters if p.kind == "dense" and not source.drawn_by_kernels(p)]
         self._carrying = [p for p in source.parameters if p.kind == "low_rank" or source.drawn_by_kernels(p)]

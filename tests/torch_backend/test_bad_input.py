@@ -584,6 +584,35 @@ def test_an_argument_that_cannot_be_changed_says_so(name: str) -> None:
     trainer.anything_else = 2
 
 
+RETURNED: list[tuple[str, Any, type[Exception], str]] = [
+    ("sample_perturbations", np.zeros((8, 8)), TypeError, "a tensor of shape (8, 8), got ndarray"),
+    ("sample_perturbations", torch.zeros(8, 7), ValueError, "a tensor of shape (8, 8), got the shape (8, 7)"),
+    ("compute_update", None, TypeError, "a tensor of shape (8,), got NoneType"),
+    ("compute_update", torch.zeros(8, 8), ValueError, "a tensor of shape (8,), got the shape (8, 8)"),
+    ("compute_update", torch.full((8,), INF), ValueError, "finite values, got NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("method", "returned", "error", "message"), RETURNED)
+def test_what_a_strategy_of_your_own_returns_is_checked(
+    method: str, returned: Any, error: type[Exception], message: str
+) -> None:
+    model = mlp(3, 2)
+    trainer = VanillaESTrainer(model.parameters(), model, fitness_fn=quadratic, population_size=8, seed=0)
+    before = run_state(trainer)
+    setattr(trainer, method, lambda *args: returned)
+    with pytest.raises(error, match=re.escape(f"`{method}` must return {message}")):
+        trainer.step()
+    assert_identical(run_state(trainer), before)
+
+
+@pytest.mark.parametrize("name", ["seed", "device", "population_size", "rank", "chunk_size"])
+def test_what_can_be_read_but_not_changed_says_so(name: str) -> None:
+    trainer = make_trainer()
+    with pytest.raises(AttributeError, match=f"'{name}' of 'EGGROLLTrainer' object has no setter"):
+        setattr(trainer, name, 2)
+
+
 def test_a_lazy_parameter_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
     with pytest.raises(

@@ -172,8 +172,21 @@ def test_a_sigma_that_was_set_between_generations_counts_where_no_own_one_was_ch
     )
 
 
+def test_a_parameter_that_is_frozen_for_a_while_keeps_its_choice() -> None:
+    model = model_of()
+    model.head.requires_grad_(False)
+    trainer = make_trainer(model, noise={"head.weight": {"sigma": 0.3}})
+    trainer.ask()
+    trainer.tell(scores())
+    model.head.requires_grad_(True)
+    thawed = trainer.ask().state_dict(0)["head.weight"]
+    other = make_trainer(copy.deepcopy(model), sigma=0.3)
+    other.generation = 1
+    assert_close(thawed, other.ask().state_dict(0)["head.weight"], 1e-6)
+
+
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"noise": {"heads.*": "dense"}}, ValueError, "the pattern 'heads.*', which fits no trained parameter"),
+    ({"noise": {"heads.*": "dense"}}, ValueError, "the pattern 'heads.*', which fits no parameter in `params`"),
     ({"noise": {"head.*": "sparse"}}, ValueError, "must be one of 'low_rank', 'dense', 'frozen', got 'sparse'"),
     (
         {"noise": {"head.*": {"ranks": 2}}},

@@ -201,7 +201,7 @@ def test_what_modules_are_is_recorded_anew(records: list[int], what: str):
     outputs = []
     for compile in (RECORD, False):
         torch.manual_seed(1)
-        trainer = trainer_of(Configured(), compile=compile)
+        trainer = trainer_of(Configured(), compile=compile, unused="ignore")
         before = run(trainer)
         CHANGES[what](trainer.model)
         outputs.append(run(trainer))

@@ -1,5 +1,6 @@
 """What has no rule works and says so, once; what cannot work is an error that names it, and changes nothing."""
 
+import copy
 import functools
 import re
 import warnings
@@ -248,6 +249,15 @@ def test_members_fill_tensors_that_the_model_makes(name: str, options: dict[str,
         trainer.tell(torch.randn(MEMBERS))
 
 
+def test_that_members_run_one_by_one_is_said_once_in_a_run_of_full_rank() -> None:
+    model = Model(looping)
+    trainer = VanillaESTrainer(
+        model.parameters(), model, population_size=MEMBERS, population_fitness_fn=lambda p: p(X).sum((1, 2))
+    )
+    _, said = caught_in(lambda: trainer.train(2, verbose=False))
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
 def test_strict_refuses_what_cannot_be_vectorised(name: str) -> None:
     trainer = make_trainer(
@@ -419,6 +429,46 @@ def test_a_parameter_that_is_used_later_is_trained_from_then_on() -> None:
     trainer.ask()(X)
     trainer.tell(torch.randn(MEMBERS))
     assert not torch.equal(model.spare.weight, before)
+
+
+class TwoHeads(nn.Module):
+    """Uses one of its heads: that of its `choice` or, without, one that the input decides."""
+
+    def __init__(self, choice: str | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.left, self.right = nn.Linear(6, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+        self.choice = choice
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.trunk(x))
+        return self.get_submodule(self.choice or ("left" if h[0, 0] > 0 else "right"))(h)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["as it is", "compiled"])
+def test_a_parameter_that_was_used_before_stays_where_it_is_not_used(compile: Any) -> None:
+    model = TwoHeads("left")
+    trainer = make_trainer(
+        model,
+        population_size=MEMBERS,
+        population_fitness_fn=lambda population: population(X).sum((1, 2)),
+        unused="ignore",
+        compile=compile,
+    )
+    for head, other in [("left", "right")] * 3 + [("right", "left")] * 3 + [("left", "right")]:
+        model.choice, before = head, copy.deepcopy(model)
+        trainer.step()
+        for name in ("trunk", head):
+            assert not torch.equal(model.get_submodule(name).weight, before.get_submodule(name).weight)
+        assert torch.equal(model.get_submodule(other).weight, before.get_submodule(other).weight)
+
+
+def test_a_parameter_that_some_members_use_is_trained() -> None:
+    model = TwoHeads()
+    before = copy.deepcopy(model)
+    make_trainer(model, population_size=32, sigma=1.0, fitness_fn=lambda model: float(model(X).sum())).step()
+    assert not torch.equal(model.left.weight, before.left.weight)
+    assert not torch.equal(model.right.weight, before.right.weight)
 
 
 def test_a_score_that_is_computed_elsewhere_says_nothing_about_the_parameters() -> None:

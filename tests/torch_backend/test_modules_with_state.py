@@ -407,8 +407,10 @@ class Memory(nn.Module):
         torch.manual_seed(0)
         self.cell = nn.GRUCell(4, 4)
         self.state: Any = None
+        self.scaled: Any = None
         self.register_buffer("nothing_yet", None)
         self.kept: dict[str, Any] = {"state": None, "all": []}
+        self.in_order: collections.OrderedDict[str, Tensor] = collections.OrderedDict()
         self.queue: collections.deque[Tensor] = collections.deque(maxlen=2)
         self.object = types.SimpleNamespace(state=None)
         self.plain = torch.ones(3, 4)
@@ -422,6 +424,11 @@ class Memory(nn.Module):
 def in_an_attribute(m: Any, x: Tensor) -> Tensor:
     m.state = m.cell(x, m.state)
     return m.state
+
+
+def as_a_weight(m: Any, x: Tensor) -> Tensor:
+    m.scaled = m.cell.weight_hh[:4] * 2
+    return m.cell(x @ m.scaled)
 
 
 def in_a_buffer(m: Any, x: Tensor) -> Tensor:
@@ -439,6 +446,11 @@ def in_a_dictionary(m: Any, x: Tensor) -> Tensor:
     m.kept["state"] = m.cell(x, m.kept["state"])
     m.kept["all"].append(m.kept["state"])
     return sum(m.kept["all"])
+
+
+def in_an_ordered_dictionary(m: Any, x: Tensor) -> Tensor:
+    m.in_order["state"] = m.cell(x, m.in_order.get("state"))
+    return m.in_order["state"]
 
 
 def in_a_deque(m: Any, x: Tensor) -> Tensor:
@@ -461,25 +473,34 @@ def in_a_new_object(m: Any, x: Tensor) -> Tensor:
     return m.state.state
 
 
-@pytest.mark.filterwarnings("ignore:the model cannot be vectorised")
-@pytest.mark.parametrize("alone", [False, True], ids=["at once", "one by one"])
+@pytest.mark.filterwarnings("ignore:the model cannot be vectorised", "ignore:the model's forward pass cannot be")
+@pytest.mark.parametrize(
+    ("alone", "options"),
+    [(False, {}), (True, {}), (False, {"compile": {"backend": "eager"}})],
+    ids=["at once", "one by one", "compiled"],
+)
 @pytest.mark.parametrize(
     "keep",
     [
-        *(in_an_attribute, in_place_in_an_attribute, in_a_buffer, in_a_new_buffer),
-        *(in_a_dictionary, in_a_deque, in_an_object, in_a_new_object),
+        *(in_an_attribute, in_place_in_an_attribute, as_a_weight, in_a_buffer, in_a_new_buffer),
+        *(in_a_dictionary, in_an_ordered_dictionary, in_a_deque, in_an_object, in_a_new_object),
     ],
 )
-def test_no_member_finds_what_another_has_left(keep: Callable[[Any, Tensor], Tensor], alone: bool) -> None:
+def test_no_member_finds_what_another_has_left(
+    keep: Callable[[Any, Tensor], Tensor], alone: bool, options: dict[str, Any]
+) -> None:
     model, x = Memory(keep, alone), torch.ones(3, 4)
-    population = make_trainer(model, population_size=MEMBERS, chunk_size=2).ask()
+    population = make_trainer(model, population_size=MEMBERS, chunk_size=2, **options).ask()
     first, second = population(x), population(x)
     assert torch.equal(first, second)
+    assert model.scaled is None
     for member, output in enumerate(first):
         fresh = copy.deepcopy(model)  # which tensors of a `torch.vmap` would not let happen
         fresh.load_state_dict(population.state_dict(member))
-        with torch.no_grad():
-            assert_close(output, fresh(x), 1e-5)
+        with torch.no_grad(), population.member(member) as itself:
+            expected = fresh(x)
+            assert torch.equal(itself(x), expected)
+        assert_close(output, expected, 1e-5)
 
 
 class Recurrent(nn.Module):

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch_backend.support import assert_close, assert_identical, make_trainer, mlp, quadratic, run_state, scores
 
 from eggroll.torch import MaterialisedWarning
+from eggroll_torch.member_mode import MemberMode, is_active
 
 MEMBERS = 8
 
@@ -523,6 +524,83 @@ def test_interrupts_at_any_time_leave_the_model_as_a_whole_number_of_generations
             finished.append(copy.deepcopy(dict(undisturbed.model.state_dict())))
         assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
         assert_identical(dict(model.state_dict()), finished[trainer.generation])
+
+
+class Struck(list[Any]):
+    """Ctrl-C comes while it changes."""
+
+    def clear(self) -> None:
+        super().clear()
+        signal.raise_signal(signal.SIGINT)
+
+
+class Keeping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(3, 2), Struck([1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(self.linear(x))
+        return self.kept[-1]
+
+
+X = torch.ones(2, 3)
+WAYS: dict[str, dict[str, Any]] = {
+    "all at once": {"population_fitness_fn": lambda population: population(X).sum((1, 2))},
+    "alone": {"fitness_fn": lambda model: float(model(X).sum())},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ctrl_c_while_the_model_is_put_back(way: str):
+    trainer = make_trainer(Keeping(), **WAYS[way])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    assert trainer.model.kept == [1]
+    assert trainer.generation == 0
+
+
+def test_ctrl_c_leaves_nothing_of_members_in_pytorch(monkeypatch: pytest.MonkeyPatch):
+    """PyTorch's modes and transformations are left in the middle of a forward pass."""
+    leave = MemberMode.__exit__
+
+    def interrupted(mode: MemberMode, *error: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        leave(mode, *error)
+
+    trainer = make_trainer(mlp(3, 4, 2), **WAYS["all at once"])
+    with monkeypatch.context() as patch:
+        patch.setattr(MemberMode, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.step()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert not is_active()
+    assert trainer.step() == make_trainer(mlp(3, 4, 2), **WAYS["all at once"]).step()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_forward_pass():
+    seen = []
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            seen.append(x)
+        return model.linear(x)
+
+    model = Keeping()
+    model.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, **WAYS["all at once"]).step()
+    assert len(seen) == 1
+
+
+def test_ctrl_c_within_a_function_of_pytorch_that_is_watched():
+    def fitness_fn(model: nn.Module) -> float:
+        torch.overrides._pop_mode()  # as PyTorch does for as long as it answers
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(fitness_fn=fitness_fn).step()
 
 
 class Switching(nn.Module):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch_backend.support import (
     assert_close,
     assert_identical,
@@ -348,6 +349,15 @@ def test_the_best_model_of_a_population_call():
     assert trainer.best_fitness > loss_of_member(mlp(3, 4, 2)).item()
 
 
+def test_the_best_model_of_a_pruned_one():
+    """Its weight is computed, and no parameter."""
+    model = mlp(3, 4, 2)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    trainer = make(model=model, population_fitness_fn=loss_of_population)
+    trainer.step()
+    assert loss_of_member(trainer.get_best_model()).item() == pytest.approx(trainer.best_fitness, rel=1e-5)
+
+
 @every_trainer
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_reset_goes_back_to_the_start(kind: type, optimizer: Any):
@@ -527,6 +537,29 @@ def test_freezing_and_thawing_between_generations():
         trainer.step()
         assert torch.equal(model.state_dict()["0.weight"], before["0.weight"]) == frozen
         assert not torch.equal(model.state_dict()["2.weight"], before["2.weight"])
+
+
+def test_a_run_of_which_parts_are_frozen_goes_on_where_the_same_are():
+    trainer, other = (make(model=mlp(3, 4, 2), fitness_fn=quadratic) for _ in range(2))
+    for each in (trainer, other):
+        each.step()
+        each.model[0].requires_grad_(False)
+    trainer.step()
+    other.model.load_state_dict(trainer.model.state_dict())
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for each in (trainer, other):
+        each.step()
+    assert_identical(run_state(other), run_state(trainer))
+
+
+def test_reset_takes_back_what_was_learned_by_what_is_frozen_now():
+    trainer = make(model=mlp(3, 4, 2), fitness_fn=quadratic)
+    start = copy.deepcopy(dict(trainer.model.state_dict()))
+    trainer.step()
+    trainer.model[0].requires_grad_(False)
+    trainer.step()
+    trainer.reset()
+    assert_identical(dict(trainer.model.state_dict()), start)
 
 
 def test_adding_named_parameters():
