@@ -347,6 +347,16 @@ def test_bfloat16(case):
         )
 
 
+@pytest.mark.parametrize("where", [("attention",), ("params", "attention")])
+@pytest.mark.parametrize("variable", [(), ("value",)])
+def test_all_projections_of_attention_are_matrices_of_the_same_axes(where, variable):
+    """A module called `value` is not the array of an nnx variable."""
+    kernel = jnp.ones((6, 2, 3))
+    for name in ("query", "key", "value"):
+        assert default_layout((*where, name, "kernel", *variable), kernel) == Matrix(0, (1, 2))
+    assert default_layout((*where, "out", "kernel", *variable), kernel) == Matrix((0, 1), 2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.bfloat16])
 def test_inputs_of_another_dtype_than_the_weights(dtype):
     w, x = normal(8, 5), (jnp.arange(24).reshape(3, 8) % 3).astype(dtype)
