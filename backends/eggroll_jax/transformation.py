@@ -66,7 +66,8 @@ def scale_by_eggroll(
 
     def init(params: Any) -> EggrollState:
         _checked_plan(params, config, layout, template)
-        return EggrollState(count=jnp.zeros([], jnp.int32), key=key)
+        # A copy: who donates the state keeps the key.
+        return EggrollState(count=jnp.zeros([], jnp.int32), key=jnp.copy(key))
 
     def update(
         updates: Any, state: EggrollState, params: Any = None, *, fitness: Any = None, **extra_args: Any

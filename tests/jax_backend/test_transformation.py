@@ -181,6 +181,15 @@ def test_a_hundred_generations_in_one_program_equal_a_hundred_calls_and_donate()
     assert values[-1] < 0.5 * values[0]
 
 
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_who_donates_the_state_keeps_the_key(make_key):
+    key = make_key(5)
+    state = scale_by_eggroll(CONFIG, key).init(PARAMS)
+    jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)(state)
+    assert state.key.is_deleted()
+    assert not key.is_deleted()
+
+
 def test_noise_is_the_same_whatever_the_partitionable_flag_says():
     apply = jax.jit(population_apply(loss, CONFIG))
     with jax.threefry_partitionable(True):
