@@ -1,5 +1,7 @@
 """`scale_by_eggroll` and `eggroll` among optax's own transformations."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,17 @@ def test_schedules_weight_decay_and_mask():
         np.testing.assert_allclose(updates["bias"], -rate * direction["bias"], rtol=1e-5)
         decayed = direction["kernel"] + 0.01 * params["kernel"]
         np.testing.assert_allclose(updates["kernel"], -rate * decayed, rtol=1e-5)
+
+
+def test_weight_decay_leaves_frozen_parameters_as_they_are():
+    params = {"w": jnp.ones((3, 2)), "fixed": jnp.ones((3, 2)), "b": jnp.ones(2), "steps": jnp.ones(2, jnp.int32)}
+    layout = {"w": None, "fixed": "frozen", "b": None, "steps": "frozen"}
+    optimizer = eggroll(0.5, replace(CONFIG, freeze_nonlora=True), KEY, weight_decay=0.01, layout=layout)
+    updates, _ = update_of(optimizer)(optimizer.init(params), params, jnp.zeros(32))
+    changed = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(changed.pop("w"), 0.995 * params["w"], rtol=1e-6)
+    for name, leaf in changed.items():
+        np.testing.assert_array_equal(leaf, params[name])
 
 
 def test_injected_learning_rate_and_sigma_without_recompilation():
