@@ -255,8 +255,13 @@ def member_parameter(
 
     Returns:
         Shape and dtype of `parameter`.
+
+    Raises:
+        TypeError, ValueError: `parameter`, `generation` or `member` breaks its rule.
     """
     xp = array_api_compat.array_namespace(parameter)
+    if xp.isdtype(parameter.dtype, ("integral", "bool")):
+        raise TypeError(f"`parameter` must be floating point, got {parameter.dtype}")
     if as_int("member", member, 0) >= config.population_size:
         raise ValueError(f"`member` must be below the population of {config.population_size}, got {member}")
     shape = parameter.shape[stack_axes:]

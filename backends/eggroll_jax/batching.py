@@ -87,7 +87,7 @@ _VIEWS = frozenset(
     {
         *("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "split", "rev"),
         *("convert_element_type", "copy", "neg", "pad", "tile", "sharding_constraint", "stop_gradient"),
-        *("device_put", "name", "optimization_barrier"),
+        *("device_put", "name", "optimization_barrier", "pvary"),
     }
 )
 # Several of them are one factored matrix after these.

@@ -94,8 +94,7 @@ def sum_in_chunks(sums: Callable[..., Any], values: Sequence[Array], batch: int 
         return jax.tree.map(jnp.add, total, sums(*chunk)), None
 
     shapes = jax.eval_shape(sums, *(chunk[0] for chunk in chunks))
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.scan(add, zeros, chunks)[0]
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), chunks)[0]
 
 
 def _sums(chosen: Plan, keys: Array, coefficients: Array, config: EggrollConfig) -> list[Any]:

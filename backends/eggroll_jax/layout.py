@@ -73,7 +73,8 @@ def default_layout(path: Sequence[str], leaf: Any) -> Choice:
     - Anything else, of three and more axes: dense.
     """
     ndim = len(leaf.shape)
-    words = [word for word in path if word not in ("value", "raw_value")]
+    # The array of an nnx variable; elsewhere `value` is a projection of attention.
+    words = path[:-1] if path and path[-1] in ("value", "raw_value") else path
     name = words[-1] if words else ""
     if ndim < 2 or name in ("bias", "scale", "b"):
         return "dense"

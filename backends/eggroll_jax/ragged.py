@@ -101,12 +101,8 @@ mlir.register_lowering(_RAGGED_DOT, mlir.lower_fun(_ragged_dot, multiple_results
 
 @_RAGGED_DOT.def_abstract_eval
 def _(lhs: Any, rhs: Any, group_sizes: Any, **how: Any) -> Any:
-    out = jax.eval_shape(partial(_ragged_dot, **how), *(_shape_of(aval) for aval in (lhs, rhs, group_sizes)))
-    return jax.core.ShapedArray(out.shape, out.dtype)
-
-
-def _shape_of(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    (out,) = jax.make_jaxpr(partial(_ragged_dot, **how))(lhs, rhs, group_sizes).out_avals
+    return out
 
 
 def _batched(args: Any, dims: Any, **how: Any) -> tuple[Array, int]:
@@ -145,7 +141,7 @@ def _looped(lhs: Array, rhs: Array, group_sizes: Array, *, precision: Any, prefe
         return out + jnp.where((group == index)[:, None], product(lhs, matrix), 0), None
 
     shape = jax.eval_shape(product, lhs, rhs[0])
-    return lax.scan(add, jnp.zeros(shape.shape, shape.dtype), (jnp.arange(rhs.shape[0]), rhs))[0]
+    return lax.scan(add, jnp.zeros_like(shape), (jnp.arange(rhs.shape[0]), rhs))[0]
 
 
 @quax.register(_RAGGED_DOT)

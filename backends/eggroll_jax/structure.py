@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import quax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import device_put_p, sharding_constraint_p, stop_gradient_p
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import ArrayLike
 
 from .perturbed import COLUMN, ROW, STACK, PerturbedArray, fall_back
@@ -308,6 +310,13 @@ _register_identity(device_put_p)
 # Not every version of JAX exports theirs.
 for _function in (lax.optimization_barrier, lambda x: checkpoint_name(x, "any")):
     _register_identity(jax.make_jaxpr(_function)(0.0).eqns[0].primitive)
+# Nor what it inserts under `jax.shard_map` where devices with values of their own multiply them with a shared one.
+_devices = AbstractMesh((1,), ("i",))
+_multiply = jax.shard_map(
+    jnp.multiply, mesh=_devices, in_specs=(PartitionSpec(), PartitionSpec("i")), out_specs=PartitionSpec("i")
+)
+for _equation in jax.make_jaxpr(_multiply)(*np.ones((2, 1))).eqns[0].params["jaxpr"].eqns[:-1]:
+    _register_identity(_equation.primitive)
 
 
 @quax.register(lax.neg_p)

@@ -66,7 +66,8 @@ def scale_by_eggroll(
 
     def init(params: Any) -> EggrollState:
         _checked_plan(params, config, layout, template)
-        return EggrollState(count=jnp.zeros([], jnp.int32), key=key)
+        # A copy: who donates the state keeps the key.
+        return EggrollState(count=jnp.zeros([], jnp.int32), key=jnp.copy(key))
 
     def update(
         updates: Any, state: EggrollState, params: Any = None, *, fitness: Any = None, **extra_args: Any
@@ -114,7 +115,7 @@ def eggroll(
         learning_rate: a number or a schedule. The root mean square of a step is about ``learning_rate * sigma``,
             whatever the population and the rank are, with z-scored fitness.
         weight_decay: decoupled, multiplied by the learning rate; `mask` says where, see
-            `optax.add_decayed_weights`.
+            `optax.add_decayed_weights`. Frozen parameters stay as they are.
         config, key, sigma, layout, batch_size, template, mesh, axis_name: see `scale_by_eggroll`.
 
     Example:
@@ -140,9 +141,16 @@ def eggroll(
         mesh=mesh,
         axis_name=axis_name,
     )
-    return optax.chain(
-        direction, optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
-    )
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        decayed, state = decay.update(updates, state, params)
+        chosen = _checked_plan(updates, config, layout, template)
+        both = zip(chosen.leaves, chosen.arrays(updates), chosen.arrays(decayed), strict=True)
+        return chosen.tree(plain if leaf.kind == "frozen" else new for leaf, plain, new in both), state
+
+    decay_of_trained = optax.GradientTransformation(decay.init, update)
+    return optax.chain(direction, decay_of_trained, optax.scale_by_learning_rate(learning_rate))
 
 
 def _checked_plan(params: Any, config: EggrollConfig, layout: Layout, template: Any) -> Any:

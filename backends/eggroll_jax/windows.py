@@ -24,7 +24,9 @@ def _(
 ) -> Any:
     """Rows of ``W + E`` are rows of ``W`` plus rows of a factor times the other factor."""
     numbers = dimension_numbers
-    if numbers.operand_batching_dims:
+    # A number that is filled in beyond the bounds is not multiplied: 0 and NaN, though, would stay what they are.
+    filled = x.gain is not None and abs(params["fill_value"] or 0) > 0
+    if numbers.operand_batching_dims or filled:
         dense = fall_back(x, "gather")
         return lax.gather_p.bind(dense, indices, dimension_numbers=numbers, slice_sizes=tuple(slice_sizes), **params)
     indices = jnp.asarray(indices)

@@ -312,6 +312,13 @@ def test_members_outside_the_population(xp, member, error, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool"])
+def test_a_parameter_that_would_lose_its_noise(xp, dtype):
+    """Cast to it, noise below 1 is 0."""
+    with pytest.raises(TypeError, match="`parameter` must be floating point, got .*" + dtype):
+        member_parameter(xp.zeros((2, 2), dtype=getattr(xp, dtype)), key_of(xp), 0, 0, CONFIG)
+
+
 def test_parameter_keys_come_from_split_in_canonical_order(xp):
     names = ["2.bias", "10.bias", "0.weight", "0.bias", "0"]
     ordered = ["0", "0.bias", "0.weight", "10.bias", "2.bias"]

@@ -21,6 +21,11 @@ def largest(fn, *inputs) -> int:
     return largest_value(jax.make_jaxpr(fn)(W, X), inputs or ("factored", "shared"))
 
 
+def on_a_device(w, x):
+    mesh, own = jax.sharding.AbstractMesh((1,), ("i",)), jax.sharding.PartitionSpec("i")
+    return jax.shard_map(lambda w, x: x @ w.T, mesh=mesh, in_specs=(None, own), out_specs=own)(w, x)
+
+
 @pytest.mark.parametrize(
     ("fn", "values"),
     [
@@ -29,6 +34,7 @@ def largest(fn, *inputs) -> int:
         (lambda w, x: x @ jnp.concatenate([w, w]).T, 3 * 100),
         (lambda w, x: x @ jnp.pad(jnp.tile(w, (2, 1)), ((0, 3), (0, 0))).T, 3 * 103),
         (lambda w, x: x @ (w / (w @ x[0])[0]).T, 3 * 50),  # by a number of its own
+        (on_a_device, 3 * 50),
         (lambda w, x: x @ (1 / w).T, 50 * 40),
         (lambda w, x: x @ jnp.concatenate([w, jnp.ones((9, 40))]).T, 59 * 40),
         (lambda w, x: jnp.sum(jnp.tile(x @ w.T, 7)), 3 * 50 * 7),

@@ -1,6 +1,7 @@
 """The contract: every member's output is that of the model with that member's weights, which are never formed."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import equinox as eqx
@@ -347,6 +348,16 @@ def test_bfloat16(case):
         )
 
 
+@pytest.mark.parametrize("where", [("attention",), ("params", "attention")])
+@pytest.mark.parametrize("variable", [(), ("value",)])
+def test_all_projections_of_attention_are_matrices_of_the_same_axes(where, variable):
+    """A module called `value` is not the array of an nnx variable."""
+    kernel = jnp.ones((6, 2, 3))
+    for name in ("query", "key", "value"):
+        assert default_layout((*where, name, "kernel", *variable), kernel) == Matrix(0, (1, 2))
+    assert default_layout((*where, "out", "kernel", *variable), kernel) == Matrix((0, 1), 2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.bfloat16])
 def test_inputs_of_another_dtype_than_the_weights(dtype):
     w, x = normal(8, 5), (jnp.arange(24).reshape(3, 8) % 3).astype(dtype)
@@ -390,6 +401,19 @@ def test_a_convolution_with_a_multiplied_kernel():
     out = population_of(fn, strict=True)(params, KEY, 0, normal(2, 5, 5, 4))
     expected = member_of(fn)(params, 3, normal(2, 5, 5, 4))
     np.testing.assert_allclose(out[3], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fill_value", [None, 0.0, 2.0])
+def test_a_lookup_out_of_bounds_in_a_multiplied_weight(fill_value):
+    """Only a number that is filled in makes the product with the weight's own number necessary beforehand."""
+    params, ids = {"w": normal(5, 4), "gain": jnp.full((), 1.5)}, jnp.asarray([0, 7, 3])
+
+    def fn(params, ids):
+        return jnp.take(params["w"] * params["gain"], ids, axis=0, mode="fill", fill_value=fill_value)
+
+    with pytest.warns(UserWarning, match="no low-rank rule for this `gather`") if fill_value else nullcontext():
+        out = population_of(fn, strict=not fill_value)(params, KEY, 0, ids)
+    np.testing.assert_allclose(out[3], member_of(fn)(params, 3, ids), atol=1e-5)
 
 
 @pytest.mark.parametrize(("features", "window", "channels"), [(1, (3, 3), 4), (5, (1, 1), 1), (1, (1, 1), 1)])

@@ -9,10 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from eggroll import EggrollConfig
-from eggroll.jax import population_apply
+from eggroll.jax import Matrix, es_value_and_grad, population_apply
 
 PROGRAM = """
 import json, re, jax, jax.numpy as jnp, numpy as np, optax
@@ -94,6 +94,28 @@ def test_a_mesh_that_is_set(quick_compilation):
 
     with jax.set_mesh(mesh):
         assert jnp.array_equal(outputs(mesh), outputs(None))
+
+
+def test_a_population_on_each_device(quick_compilation):
+    """Under `jax.shard_map`, which knows that the weights are shared and the inputs each device's own."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.ones((3, 2)), "up": jnp.ones((2, 2, 5)), "down": jnp.ones((2, 5, 1))}
+
+    def fitness(params, x, sizes):
+        up = jax.lax.ragged_dot(x @ params["w"], params["up"], sizes)
+        return jnp.sum(jax.lax.ragged_dot(up, params["down"], sizes))
+
+    layout = {"w": None, "up": Matrix(1, 2), "down": "dense"}
+    config = EggrollConfig(population_size=8)
+    step = es_value_and_grad(fitness, config, maximize=True, layout=layout, batch_size=2, strict=True)
+
+    def stacked(*args):
+        return jax.tree.map(lambda leaf: leaf[None], step(params, jax.random.key(0), 0, *args))
+
+    own = PartitionSpec("data")
+    on_devices = jax.shard_map(stacked, mesh=mesh, in_specs=own, out_specs=own)
+    args = jnp.ones((4, 3)), jnp.asarray([1, 3])
+    assert jax.eval_shape(on_devices, *args) == jax.eval_shape(stacked, *args)
 
 
 def test_devices_that_do_not_divide(results):

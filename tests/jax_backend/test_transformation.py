@@ -1,5 +1,7 @@
 """`scale_by_eggroll` and `eggroll` among optax's own transformations."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,17 @@ def test_schedules_weight_decay_and_mask():
         np.testing.assert_allclose(updates["kernel"], -rate * decayed, rtol=1e-5)
 
 
+def test_weight_decay_leaves_frozen_parameters_as_they_are():
+    params = {"w": jnp.ones((3, 2)), "fixed": jnp.ones((3, 2)), "b": jnp.ones(2), "steps": jnp.ones(2, jnp.int32)}
+    layout = {"w": None, "fixed": "frozen", "b": None, "steps": "frozen"}
+    optimizer = eggroll(0.5, replace(CONFIG, freeze_nonlora=True), KEY, weight_decay=0.01, layout=layout)
+    updates, _ = update_of(optimizer)(optimizer.init(params), params, jnp.zeros(32))
+    changed = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(changed.pop("w"), 0.995 * params["w"], rtol=1e-6)
+    for name, leaf in changed.items():
+        np.testing.assert_array_equal(leaf, params[name])
+
+
 def test_injected_learning_rate_and_sigma_without_recompilation():
     optimizer = optax.inject_hyperparams(eggroll)(
         learning_rate=0.5, config=CONFIG, key=KEY, sigma=optax.exponential_decay(0.2, 1, 0.5)
@@ -179,6 +192,15 @@ def test_a_hundred_generations_in_one_program_equal_a_hundred_calls_and_donate()
     assert one._cache_size() == 1
     assert_trees_close(carry[0], scanned[0], atol=1e-5)
     assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_who_donates_the_state_keeps_the_key(make_key):
+    key = make_key(5)
+    state = scale_by_eggroll(CONFIG, key).init(PARAMS)
+    jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)(state)
+    assert state.key.is_deleted()
+    assert not key.is_deleted()
 
 
 def test_noise_is_the_same_whatever_the_partitionable_flag_says():
