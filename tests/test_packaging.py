@@ -148,8 +148,10 @@ def test_tests_pass_against_the_installed_wheel(installed: Path, tmp_path: Path)
     assert " passed" in done.stdout
 
 
-def test_an_editable_installation(tmp_path: Path):
+@pytest.mark.parametrize("editable", [False, True], ids=["pip install .", "pip install -e ."])
+def test_an_installation_from_the_source_tree(editable: bool, tmp_path: Path):
     python = fresh_environment(tmp_path / "venv")
-    install(python, "--editable", ROOT)
+    install(python, *(["--editable", ROOT] if editable else [ROOT]))
+    home = ROOT if editable else tmp_path
     for path in where(python, tmp_path).values():
-        assert path.is_relative_to(ROOT)
+        assert path.is_relative_to(home)

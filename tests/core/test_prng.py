@@ -224,7 +224,7 @@ def draws_of_jax(seed, shape):
 
 
 @pytest.mark.usefixtures("full_compilation")
-@pytest.mark.parametrize("shape", [(), (1000, 33)])
+@pytest.mark.parametrize("shape", [(), (7, 1, 3), (1000, 33)])
 def test_equals_jax_random(xp, shape):
     seed = 2**40 + 5
     key = prng.key(seed, xp=xp)
