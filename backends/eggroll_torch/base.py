@@ -28,11 +28,12 @@ from .groups import (
     made_by,
     options_of,
 )
+from .interrupts import uninterrupted
 from .member_weights import MemberWeights
 from .parameters import base_key_of, fresh_seed, named_trainable
 from .population import Population
 from .processes import Processes, check_same
-from .swap import HeldTensors, check_is_itself, uninterrupted
+from .swap import HeldTensors, check_is_itself
 
 __all__ = ["FitnessFn", "PopulationFitnessFn", "Trainer"]
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .calls import Call, Outputs, stacked
 from .comparing import comparable
 from .compiling import Compiler, Function
+from .interrupts import uninterrupted
 from .member_mode import MemberMode, copied_each
 from .member_weights import MemberWeights
-from .swap import HeldTensors, seeded, uninterrupted
+from .swap import HeldTensors, seeded
 from .trees import Parts
 from .vectorising import vectorised
 

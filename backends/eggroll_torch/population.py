@@ -14,9 +14,10 @@ from .calls import Call, Collected, Outputs
 from .chunking import Chunking, chunk_ranges
 from .compiling import Compiler, left_as_it_is
 from .forward import ForwardPass, Randomness, seeded_for
+from .interrupts import uninterrupted
 from .lora import adapter
 from .member_weights import MemberWeights
-from .swap import check_is_itself, swapped, uninterrupted
+from .swap import check_is_itself, swapped
 from .threads import alone, lock
 
 __all__ = ["Population"]

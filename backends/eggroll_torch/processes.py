@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from .swap import uninterrupted
+from .interrupts import uninterrupted
 
 if distributed.is_available():
     # Its functions have the default group of the moment for a default argument, which keeps it alive: PyTorch imports

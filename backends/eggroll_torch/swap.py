@@ -3,14 +3,13 @@
 import collections
 import contextlib
 import operator
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .interrupts import surely
 from .perturbed import Weight
 from .threefry import seed_of
 from .trees import OPAQUE, Parts
@@ -21,7 +20,6 @@ __all__ = [
     "check_is_itself",
     "seeded",
     "swapped",
-    "uninterrupted",
 ]
 
 _SWAPPED: set[int] = set()
@@ -91,7 +89,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         _SWAPPED.add(id(model))
         yield
     finally:
-        _surely(restore)
+        surely(restore)
 
 
 def _unscripted(model: nn.Module) -> Iterator[nn.Module]:
@@ -167,7 +165,7 @@ class HeldTensors:
                 table[name] = others[id(value)]
             yield
         finally:
-            _surely(restore)
+            surely(restore)
 
     @contextlib.contextmanager
     def nothing_of_members_left(self, alone: bool = False, last: bool = True) -> Iterator[None]:
@@ -188,7 +186,7 @@ class HeldTensors:
             if last:
                 concerns = _holds_tensors if alone else _holds_members
         finally:
-            _surely(lambda: self._restore(containers, concerns))
+            surely(lambda: self._restore(containers, concerns))
 
     def _containers(self) -> list[tuple[Any, Any]]:
         """What is in attributes, and in what is in them, that can be changed in place, each with a copy."""
@@ -275,66 +273,6 @@ def _holds_members(value: Any) -> bool:
         isinstance(tensor, Weight) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         for tensor in Parts(value).tensors
     )
-
-
-def _surely(restore: Callable[[], None]) -> None:
-    """Calls what puts things back, however often, which is done whole also where Ctrl-C comes now."""
-    try:
-        with uninterrupted():
-            restore()
-    except BaseException:
-        restore()  # the interrupt may have come before it was held back
-        raise
-
-
-class _Hold:
-    """Ctrl-C held back, in the main thread."""
-
-    def __init__(self, once: bool):
-        self._once = once
-        self._came = False
-        self._active = threading.current_thread() is threading.main_thread()
-        self._active = self._active and signal.getsignal(signal.SIGINT) is not None
-        self._before: Any = None
-
-    def begin(self) -> None:
-        if self._active:
-            self._before = signal.signal(signal.SIGINT, self._note)
-
-    def end(self) -> None:
-        if self._active:
-            signal.signal(signal.SIGINT, self._before)
-            if self._came:
-                self._came = False
-                signal.raise_signal(signal.SIGINT)
-
-    def released(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What a function returns that Ctrl-C may interrupt, also one that has come before."""
-        try:
-            self.end()
-            return function(*args)
-        finally:
-            self.begin()
-
-    def _note(self, *signal_and_frame: Any) -> None:
-        if self._came and self._once and callable(self._before):
-            self._before(*signal_and_frame)
-        self._came = True
-
-
-@contextlib.contextmanager
-def uninterrupted(once: bool = False) -> Iterator[_Hold]:
-    """Holds Ctrl-C back until the body is done: what must happen whole happens whole.
-
-    Args:
-        once: whether a second one, of somebody who does not want to wait, comes through.
-    """
-    hold = _Hold(once)
-    hold.begin()
-    try:
-        yield hold
-    finally:
-        hold.end()
 
 
 @contextlib.contextmanager

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from eggroll import prng
 
+from .interrupts import uninterrupted
+
 __all__ = ["bits", "check_words", "compiled_for_cpu", "fold_in", "folded", "seed_of"]
 
 _log = logging.getLogger("eggroll")
 
 
 @functools.cache
+@uninterrupted(once=True)  # Numba cannot be imported any more once a Ctrl-C came while it was
 def compiled_for_cpu() -> ModuleType | None:
     """`drawing_cpu`, or None where Numba cannot be imported."""
     instead = "PyTorch's operations draw noise on CPUs, several times slower"

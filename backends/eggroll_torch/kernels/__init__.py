@@ -20,6 +20,8 @@ from torch import Tensor
 
 from eggroll import prng
 
+from ..interrupts import uninterrupted
+
 __all__ = ["DTYPES", "Status", "status", "usable"]
 
 _log = logging.getLogger("eggroll")
@@ -121,6 +123,7 @@ def _problem(device: torch.device, rng: prng.Rng) -> str | None:
 
 
 @functools.cache
+@uninterrupted(once=True)  # a module whose import is cut short may not be imported any more
 def _triton() -> tuple[str | None, bool, str | None]:
     """Triton's version, whether it interprets, and what is wrong with it."""
     try:
