@@ -11,8 +11,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %)
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
-# Two processes of one thread each: the tests are small, and threads that wait for each other are slower than none.
-PYTEST_ARGUMENTS := -n 2 --dist worksteal
+# Two processes of one thread each: the tests are small, and threads that wait for each other are slower than none. A
+# test that hangs fails.
+PYTEST_ARGUMENTS := -n 2 --dist worksteal -o faulthandler_exit_on_timeout=true
 test test-wheel: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.dev

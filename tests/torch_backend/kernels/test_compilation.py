@@ -64,7 +64,7 @@ def compiled_for(capability: int, cache: Path) -> list[dict[str, Any]]:
         env=environment | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

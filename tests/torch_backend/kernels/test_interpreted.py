@@ -28,7 +28,7 @@ def test_in_the_interpreter(names: list[str]):
         env=inherited | chosen,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -77,7 +77,10 @@ def test_any_strides(name: str, view: Callable[[Tensor], Tensor], device: torch.
         changed[: len(first)] = [argument.clone() for argument in first]
         out = OPERATIONS[name](*changed)
         found.append(changed[0] if out is None else out)
-    assert torch.equal(*found)
+    if name.startswith("linear"):  # the library's product may be rounded otherwise where the strides are others
+        assert error(*found) < 1e-6
+    else:
+        assert torch.equal(*found)
 
 
 def test_a_compiler_sees_one_node_each(device: torch.device):
