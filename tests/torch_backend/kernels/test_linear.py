@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,12 +252,22 @@ def test_float32_with_tensor_cores(way: Callable[..., Tensor], device: torch.dev
     assert error(way(layer), layer.expected()) < (2e-3 if ON_GPU else 1e-5)
 
 
+def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+    """Sums from the first column of `a` to its last, as `numpy.matmul` need not on every processor."""
+    out = np.zeros((len(a), b.shape[1]), dtype)
+    for column, row in zip(a.T, b, strict=True):
+        out += column[:, None] * row
+    return out
+
+
 @pytest.mark.parametrize(("rank", "rows", "shared"), [(1, 1, False), (3, 3, False), (20, 3, False), (5, 3, True)])
 def test_the_bits_do_not_depend_on_the_tile(
     rank: int, rows: int, shared: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ):
     """Which tile is the fastest is found out anew in every process; a run that is resumed goes on to the bit."""
     monkeypatch.setattr(linear, "dot_precision", lambda dtype: "tf32")
+    if not ON_GPU:
+        monkeypatch.setattr(np, "matmul", product_in_order)
     layer = Layer(Size(80, 40, rows, 48, 40), torch.float32, device, rank=rank, shared=shared, bias="noisy")
     found = []
     for tile in ((64, 32, 4, 1), (128, 32, 4, 1), (128, 64, 8, 2)):
