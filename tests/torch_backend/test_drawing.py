@@ -266,6 +266,32 @@ def test_where_numba_is_its_loops_are_compiled():
 
 
 @with_numba
+def test_ctrl_c_waits_for_the_import_of_numba():
+    """One that is cut short leaves modules behind that cannot be imported again."""
+    program = """
+        import signal, sys
+        from eggroll_torch import threefry
+
+        class Strike:
+            def find_spec(self, name, path=None, target=None):
+                if name == "numba.core.config":
+                    signal.raise_signal(signal.SIGINT)
+
+        sys.meta_path.insert(0, Strike())
+        try:
+            threefry.compiled_for_cpu()
+        except KeyboardInterrupt:
+            assert "eggroll_torch.drawing_cpu" in sys.modules
+            assert threefry.compiled_for_cpu() is not None
+            print("interrupted")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+@with_numba
 def test_a_damaged_cache_is_passed_over(tmp_path: Path):
     package = Path(shutil.copytree(Path(drawing.__file__).parent, tmp_path / "eggroll_torch"))
     kept = list(package.rglob("*.nbi"))
