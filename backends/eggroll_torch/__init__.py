@@ -5,8 +5,8 @@ Where things are, from what a user calls to what computes:
 - `trainer` and `es_trainer`: the trainers; `base`: the generation loop that they share. What users hand in is checked
   and described in `groups`, `choices`, `parameters` and `fitness`; `processes`: several of these.
 - `population`: what scores members, with `lora` and `estimate`; `forward`: the forward pass of a chunk of them, with
-  `calls`, `trees`, `chunking` and `memory`; `member_mode`, `swap` and `threads`: the state that the model is then in;
-  `compiling`, with `comparing`, `simplifying` and `fusing`: a forward pass recorded and compiled.
+  `calls`, `trees`, `chunking` and `memory`; `member_mode`, `swap`, `threads` and `interrupts`: the state that the
+  model is then in; `compiling`, with `comparing`, `simplifying` and `fusing`: a forward pass recorded and compiled.
 - `perturbed`: the weight that a model meets; `rules`: what PyTorch's functions do with it, also as operations of
   `aten`, under `autocast`, and where the model takes `derivatives`; `ops`, `grouped` and `member_ops`: the operations
   that this comes down to, with batching rules by `vectorising`; `policy`: what is done where there is no rule.
