@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
+from processor import processor
 
 from eggroll import EggrollConfig
 from eggroll.jax import es_value_and_grad
@@ -229,9 +230,8 @@ def main():
     parser.add_argument("--full-rank", action=argparse.BooleanOptionalAction, default=True, help="time full-rank ES")
     options = parser.parse_args()
     report = {
-        "device": str(jax.devices()[0].device_kind),
+        "device": processor() if jax.default_backend() == "cpu" else str(jax.devices()[0].device_kind),
         "cores": os.cpu_count(),
-        "machine": platform.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "load_average": os.getloadavg()[0],
