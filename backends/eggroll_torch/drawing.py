@@ -21,7 +21,10 @@ from eggroll.config import RNGS, as_choice
 from . import kernels, philox, threefry
 from .vectorising import called
 
-__all__ = ["Draws", "Rows", "draw_uniforms", "fold_in_each"]
+__all__ = ["LONGEST", "Draws", "Rows", "draw_uniforms", "fold_in_each"]
+
+LONGEST = 2**31 - 1
+"""Elements of one draw, which are counted in 32 bits."""
 
 # Shapes of a row up to which its places are counted on the device: both factors of a matrix, or what a layer draws.
 _COUNTED = 2
@@ -55,7 +58,7 @@ class Rows:
 
     def __init__(self, draws: Sequence[Draws], device: torch.device, rng: prng.Rng = "threefry"):
         longest = max((math.prod(draw.shape) for draw in draws), default=0)
-        if longest >= 2**31:
+        if longest > LONGEST:
             raise ValueError(f"one draw must have at most 2**31 - 1 elements, got {longest}")
         self._rng = rng
         self._elements = 4 if as_choice("rng", rng, RNGS) == "philox" else 1  # of a block

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from eggroll import EggrollConfig, perturbation, prng
 
 from .choices import OPTIONS, Choice
+from .drawing import LONGEST
 
 __all__ = [
     "ParameterNoise",
@@ -143,6 +144,9 @@ def describe_parameters(
     """The noise of every perturbed parameter, in canonical order, from what was chosen by name.
 
     Those that were chosen to be frozen are left out, and with `freeze_nonlora` the dense ones.
+
+    Raises:
+        ValueError: one array of noise would have more elements than are counted.
     """
     convolutions = _convolution_kernels(model)
     described = []
@@ -154,6 +158,12 @@ def describe_parameters(
         precision = perturbation.noise_precision(config, str(parameter.dtype).removeprefix("torch."))
         rank, sigma = choice.rank or config.rank, choice.sigma or config.sigma
         described.append(ParameterNoise(name, parameter, kind, stack, layer, rank, sigma, precision, config.rng))
+        longest = max(math.prod(draw.shape) for draw in described[-1].draws)
+        if longest > LONGEST:
+            raise ValueError(
+                f"`params` must draw at most {LONGEST} numbers from a key, but {name!r}, of shape "
+                f"{tuple(parameter.shape)}, draws {longest} for its {kind} noise: choose another, or a lower rank"
+            )
     return described
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch_backend.support import assert_identical, make_trainer, mlp, quadratic, run_state, scores
 
-from eggroll.torch import VanillaESTrainer
+from eggroll.torch import EGGROLLTrainer, VanillaESTrainer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -621,3 +621,22 @@ def test_a_lazy_parameter_is_refused() -> None:
         make_trainer(model)
     model(torch.zeros(1, 3))
     make_trainer(model, fitness_fn=quadratic).step()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "draws"),
+    [
+        ((2**31,), {}, "2147483648 for its dense noise"),
+        ((2**16, 2**15), {"noise": {"weight": "dense"}}, "2147483648 for its dense noise"),
+        ((2**28, 1), {"rank": 8}, "2147483656 for its low_rank noise"),
+        ((2**28, 1), {"rank": 8, "rng": "philox"}, "2147483648 for its low_rank noise"),
+    ],
+)
+def test_noise_of_more_elements_than_are_counted(shape: tuple[int, ...], options: dict[str, Any], draws: str):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(()).expand(shape))  # which takes no memory
+    message = (
+        f"`params` must draw at most 2147483647 numbers from a key, but 'weight', of shape {shape}, draws {draws}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EGGROLLTrainer(model.parameters(), model=model, population_size=4, snapshots=False, **options)
