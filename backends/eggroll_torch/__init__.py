@@ -3,7 +3,7 @@
 Where things are, from what a user calls to what computes:
 
 - `trainer` and `es_trainer`: the trainers; `base`: the generation loop that they share. What users hand in is checked
-  and described in `groups`, `choices`, `parameters` and `fitness`; `processes`: several of these.
+  and described in `groups`, `choices`, `parameters`, `fitness` and `settings`; `processes`: several of these.
 - `population`: what scores members, with `lora` and `estimate`; `forward`: the forward pass of a chunk of them, with
   `calls`, `trees`, `chunking` and `memory`; `member_mode`, `swap`, `threads` and `interrupts`: the state that the
   model is then in; `compiling`, with `comparing`, `simplifying` and `fusing`: a forward pass recorded and compiled.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eggroll.config import as_bool, as_choice, as_int, as_positive_float
+from eggroll.config import as_bool, as_int, as_positive_float
 
 from . import threefry
 from .chunking import Chunking, ChunkSize
@@ -33,6 +33,7 @@ from .member_weights import MemberWeights
 from .parameters import base_key_of, fresh_seed, named_trainable
 from .population import Population
 from .processes import Processes, check_same
+from .settings import Setting, one_of
 from .swap import HeldTensors, check_is_itself
 
 __all__ = ["FitnessFn", "PopulationFitnessFn", "Trainer"]
@@ -58,6 +59,10 @@ class Trainer(torch.optim.Optimizer):
         best_fitness: the best fitness of any member so far, ``-inf`` before the first generation.
         fitness_history: the mean fitness of each finished generation.
     """
+
+    # Arguments that may be others in the next generation.
+    nonfinite = Setting[Nonfinite](one_of("raise", "worst"))
+    randomness = Setting[Randomness](one_of("different", "same"))
 
     def __init__(
         self,
@@ -91,9 +96,9 @@ class Trainer(torch.optim.Optimizer):
             self._population_size = as_int("population_size", population_size, 2)
             self._chunking = Chunking(chunk_size)
             self._compiler = Compiler(compile)
-            self.nonfinite = as_choice("nonfinite", nonfinite, ("raise", "worst"))
-            self.randomness = as_choice("randomness", randomness, ("different", "same"))
-            self.snapshots = as_bool("snapshots", snapshots)
+            self.nonfinite = nonfinite
+            self.randomness = randomness
+            self._snapshots = as_bool("snapshots", snapshots)
             check_factory(optimizer)
             processes.share(self._population_size, self._members_per_draw)
             self._seed = fresh_seed() if seed is None else seed
@@ -207,7 +212,7 @@ class Trainer(torch.optim.Optimizer):
                 self._member_weights(),
                 self._processes.share(self.population_size, self._members_per_draw),
                 self._chunking,
-                self.randomness,  # type: ignore[arg-type]
+                self.randomness,
                 self._compiler,
             )
         return self._population
@@ -234,7 +239,7 @@ class Trainer(torch.optim.Optimizer):
         population = self._population
         assert population is not None
         with self._processes.together("tell()"):
-            scores = as_finite(gathered, self.nonfinite)  # type: ignore[arg-type]
+            scores = as_finite(gathered, self.nonfinite)
             update = self._update(population.weights, scores)
             best = int(scores.argmax())
             highest, mean = float(scores[best]), float(scores.mean())
@@ -380,6 +385,11 @@ class Trainer(torch.optim.Optimizer):
     def seed(self) -> int | Sequence[int] | Tensor:
         """The seed of the run, an int or a key of two words."""
         return self._seed
+
+    @property
+    def snapshots(self) -> bool:
+        """Whether the initial parameters and those of the best member are kept."""
+        return self._snapshots
 
     @property
     def device(self) -> torch.device:

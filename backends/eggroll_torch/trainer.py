@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll import EggrollConfig
-from eggroll.config import as_bool, as_choice, as_positive_float
+from eggroll.config import as_bool, as_positive_float
 
 from . import kernels, update
 from .base import FitnessFn, PopulationFitnessFn, Trainer
@@ -30,6 +30,7 @@ from .parameters import ParameterNoise, circumstances, describe_parameters, mode
 from .policy import Policy
 from .population import Population
 from .processes import Distributed, Processes
+from .settings import Setting, one_of
 from .sgd import check_plain_sgd, plain_sgd_steps
 from .weights import EggrollWeights
 
@@ -118,6 +119,10 @@ class EGGROLLTrainer(Trainer):
         True
     """
 
+    # Arguments that may be others in the next generation.
+    unused = Setting[Literal["raise", "ignore"]](one_of("raise", "ignore"))
+    fused = Setting[bool](as_bool)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -168,11 +173,11 @@ class EGGROLLTrainer(Trainer):
                 rng=rng,  # type: ignore[arg-type]
             )
             self._policy = Policy(strict=as_bool("strict", strict))
-            self.unused = as_choice("unused", unused, ("raise", "ignore"))
+            self.unused = unused
             if noise is not None and not isinstance(noise, Mapping):
                 raise TypeError(f"`noise` must be a mapping from name patterns, got {noise!r}")
             self._patterns = None if noise is None else dict(noise)
-            self.fused = as_bool("fused", fused)
+            self.fused = fused
         super().__init__(
             params,
             model,

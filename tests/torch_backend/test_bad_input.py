@@ -606,11 +606,30 @@ def test_what_a_strategy_of_your_own_returns_is_checked(
     assert_identical(run_state(trainer), before)
 
 
-@pytest.mark.parametrize("name", ["seed", "device", "population_size", "rank", "chunk_size"])
+@pytest.mark.parametrize("name", ["seed", "device", "population_size", "rank", "chunk_size", "snapshots"])
 def test_what_can_be_read_but_not_changed_says_so(name: str) -> None:
     trainer = make_trainer()
     with pytest.raises(AttributeError, match=f"'{name}' of 'EGGROLLTrainer' object has no setter"):
         setattr(trainer, name, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("nonfinite", "wrost", ValueError, "`nonfinite` must be one of 'raise', 'worst', got 'wrost'"),
+        ("randomness", None, ValueError, "`randomness` must be one of 'different', 'same', got None"),
+        ("unused", "warn", ValueError, "`unused` must be one of 'raise', 'ignore', got 'warn'"),
+        ("fused", 1, TypeError, "`fused` must be a bool, got 1"),
+        ("sigma", -1.0, ValueError, "`sigma` must be a positive"),
+    ],
+)
+def test_what_is_changed_later_is_checked_too(name: str, value: Any, error: type[Exception], message: str) -> None:
+    trainer = make_trainer(fitness_fn=quadratic)
+    before = getattr(trainer, name)
+    with pytest.raises(error, match=re.escape(message)):
+        setattr(trainer, name, value)
+    assert getattr(trainer, name) == before
+    trainer.step()
 
 
 def test_a_lazy_parameter_is_refused() -> None:
