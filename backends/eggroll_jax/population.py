@@ -233,7 +233,19 @@ def _evaluated(
         members_args = [next(rest) if stack else arg for arg, stack in zip(args, stacked, strict=True)]
         return of_draw(draw_keys(inputs.keys, index[None])[0], signs, *members_args)
 
-    return jax.lax.map(of_row, (draws, signs, own), batch_size=min(step, draws.shape[0]))
+    return _in_batches(of_row, (draws, signs, own), min(step, draws.shape[0]))
+
+
+def _in_batches(function: Callable[[Any], list[Array]], rows: Any, size: int) -> list[Array]:
+    """`jax.lax.map` in batches of `size` rows, which itself cannot join outputs without elements."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    whole = count - count % size
+    batches = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), rows)
+    out = [x.reshape(whole, *x.shape[2:]) for x in jax.lax.map(jax.vmap(function), batches)]
+    if whole == count:
+        return out
+    rest = jax.vmap(function)(jax.tree.map(lambda x: x[whole:], rows))
+    return [jnp.concatenate(parts) for parts in zip(out, rest, strict=True)]
 
 
 def _over_devices(

@@ -132,6 +132,32 @@ def test_branches_without_operands(batch_size):
     assert population_apply(fitness, CONFIG, batch_size=batch_size)(W, KEY, 0, X).shape == (24,)
 
 
+@pytest.mark.parametrize("batch_size", [None, 4, 10])
+@pytest.mark.parametrize("per_member", [False, True])
+def test_outputs_without_elements(per_member, batch_size):
+    apply = population_apply(lambda w, x: {"y": x @ w.T, "sum": (x @ w.T).sum()}, CONFIG, batch_size=batch_size)
+    x = jnp.ones((24, 0, 40) if per_member else (0, 40))
+    found = apply(W, KEY, 0, x, per_member=per_member)
+    assert {name: leaf.shape for name, leaf in found.items()} == {"y": (24, 0, 50), "sum": (24,)}
+    assert not found["sum"].any()
+
+
+@pytest.mark.parametrize("batch_size", [4, 10, 24])
+def test_keys_of_members_in_batches(batch_size):
+    """Arrays of other kinds go through batches, and a rest, as they are."""
+
+    def noisy(w, key):
+        return {"value": (X @ w.T).sum() + jax.random.normal(key), "key": key}
+
+    keys = jax.random.split(KEY, 24)
+    whole, parts = (
+        population_apply(noisy, CONFIG, batch_size=size)(W, KEY, 0, keys, per_member=True)
+        for size in (None, batch_size)
+    )
+    assert jnp.allclose(whole["value"], parts["value"], rtol=1e-5)
+    assert jnp.array_equal(jax.random.key_data(parts["key"]), jax.random.key_data(keys))
+
+
 @pytest.mark.parametrize("batch_size", ["auto", None, 4])
 def test_sizes_that_are_symbols(batch_size):
     apply = population_apply(lambda w, x: jnp.tanh(x @ w.T).sum(), CONFIG, batch_size=batch_size)
