@@ -22,6 +22,7 @@ from .member_weights import MemberWeights
 from .perturbed import DenseWeight
 from .policy import Policy
 from .processes import Distributed, Processes
+from .settings import Setting
 from .swap import seeded
 
 __all__ = ["ESTrainer", "VanillaESTrainer"]
@@ -57,6 +58,9 @@ class ESTrainer(Trainer):
         1
     """
 
+    # A change counts from the next `ask` on.
+    sigma = Setting[float](as_positive_float)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -79,7 +83,7 @@ class ESTrainer(Trainer):
     ):
         processes = Processes(distributed)
         with processes.together("the constructor"):
-            self._sigma = as_positive_float("sigma", sigma)
+            self.sigma = sigma
             self._policy = Policy()
         super().__init__(
             params,
@@ -113,15 +117,6 @@ class ESTrainer(Trainer):
         raise NotImplementedError(f"{type(self).__name__} must define compute_update(perturbations, fitnesses)")
 
     @property
-    def sigma(self) -> float:
-        """The scale of the perturbation. A change counts from the next `ask` on."""
-        return self._sigma
-
-    @sigma.setter
-    def sigma(self, value: float) -> None:
-        self._sigma = as_positive_float("sigma", value)
-
-    @property
     def current_params(self) -> Tensor:
         """All trained parameters as one vector, a copy."""
         return torch.cat([parameter.detach().flatten() for parameter in self._trainable.values()])
@@ -132,7 +127,7 @@ class ESTrainer(Trainer):
             perturbations = self.sample_perturbations(self.population_size)
         expected = (self.population_size, sum(p.numel() for p in self._trainable.values()))
         _check_returned("sample_perturbations", perturbations, expected)
-        return _FlatWeights(self._trainable, perturbations, self._sigma, key, self._policy)
+        return _FlatWeights(self._trainable, perturbations, self.sigma, key, self._policy)
 
     def _directions(self, weights: MemberWeights, fitness: Tensor) -> dict[str, Tensor]:
         assert isinstance(weights, _FlatWeights)
@@ -146,11 +141,11 @@ class ESTrainer(Trainer):
     @contextlib.contextmanager
     def _with_sigma(self, sigma: float) -> Iterator[None]:
         """With the sigma that the members were made with, which may be another one by now."""
-        set_since, self._sigma = self._sigma, sigma
+        set_since, self.sigma = self.sigma, sigma
         try:
             yield
         finally:
-            self._sigma = set_since
+            self.sigma = set_since
 
     def _as_fitnesses(self, fitness: Tensor) -> Tensor:
         """What `compute_update` is handed, from what `tell` was."""

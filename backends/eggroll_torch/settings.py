@@ -25,10 +25,9 @@ class Setting(Generic[T]):
         self._name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> T:
-        try:
-            return vars(instance)[self._name]
-        except (KeyError, TypeError):
-            raise AttributeError(f"{self._name!r} is not set") from None
+        if self._name not in vars(instance):
+            raise AttributeError(f"{self._name!r} is not set")
+        return vars(instance)[self._name]
 
     def __set__(self, instance: Any, value: T) -> None:
         vars(instance)[self._name] = self._check(self._name, value)
