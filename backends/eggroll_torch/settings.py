@@ -25,6 +25,8 @@ class Setting(Generic[T]):
         self._name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> T:
+        if instance is None:
+            return self  # type: ignore[return-value]  # to whoever looks at the class, such as `help`
         if self._name not in vars(instance):
             raise AttributeError(f"{self._name!r} is not set")
         return vars(instance)[self._name]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 import re
 from collections.abc import Callable
@@ -630,6 +631,11 @@ def test_what_is_changed_later_is_checked_too(name: str, value: Any, error: type
         setattr(trainer, name, value)
     assert getattr(trainer, name) == before
     trainer.step()
+
+
+def test_classes_can_be_looked_at() -> None:
+    for trainer in (EGGROLLTrainer, VanillaESTrainer):
+        assert {"nonfinite", "sigma"} <= {name for name, _ in inspect.getmembers(trainer)}
 
 
 def test_a_lazy_parameter_is_refused() -> None:
